@@ -1,0 +1,64 @@
+"""asyncsave writes PyTorch checkpoints in the background, inside a memory limit, and safely.
+
+See `Checkpointer` for training loops; `save`, `load`, `restore` and `verify` for single
+checkpoints.
+"""
+
+from ._version import __version__
+from .checkpointer import Checkpointer, save
+from .codec.choose import Compression
+from .errors import (
+    AsyncSaveError,
+    BusyError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ClosedError,
+    CommitError,
+    ConfigError,
+    DiskFullError,
+    FormatError,
+    IntegrityError,
+    LoadError,
+    MismatchError,
+    SaveError,
+    StagingError,
+    StateError,
+    UnsupportedVersionError,
+    WriteError,
+)
+from .handle import SaveHandle
+from .report import SaveReport, Stats, VerifyReport
+from .restore import load, restore, verify
+from .state.rng import RngState
+
+__all__ = [
+    "AsyncSaveError",
+    "BusyError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "ClosedError",
+    "CommitError",
+    "Compression",
+    "ConfigError",
+    "DiskFullError",
+    "FormatError",
+    "IntegrityError",
+    "LoadError",
+    "MismatchError",
+    "RngState",
+    "SaveError",
+    "SaveHandle",
+    "SaveReport",
+    "StagingError",
+    "StateError",
+    "Stats",
+    "UnsupportedVersionError",
+    "VerifyReport",
+    "WriteError",
+    "__version__",
+    "load",
+    "restore",
+    "save",
+    "verify",
+]

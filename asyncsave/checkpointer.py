@@ -1,0 +1,606 @@
+"""Checkpointer: one training run's checkpoints. When to save, what to keep, how to stop.
+
+Everything here runs in the thread that calls it, and a lock lets several threads call. What the
+saves do in the background is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch
+
+from .budget import MemoryLimit, parse_limit
+from .codec.choose import CompressionSetting, parse_compression
+from .errors import (
+    BusyError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ClosedError,
+    ConfigError,
+    LoadError,
+    write_error,
+)
+from .handle import SaveHandle
+from .pipeline import Pipeline, Target
+from .report import Stats
+from .restore import PathLike, load_from, restore_from
+from .storage.filesystem import FileSystem, LocalFileSystem, Lock
+from .storage.manifest import CHECKPOINT_FILE, MAX_CHECKPOINT_BYTES, decode_checkpoint, encode_plain
+from .storage.reader import read_all
+from .storage.retention import KeepBest, Policy, list_steps, prune, step_path, sweep
+
+_log = logging.getLogger("asyncsave")
+
+OnBusy = Literal["wait", "skip", "error"]
+
+
+def save(
+    state: Any,
+    path: PathLike,
+    *,
+    compression: CompressionSetting = "auto",
+    memory_limit: MemoryLimit = "auto",
+    overwrite: bool = False,
+) -> SaveHandle:
+    """Save ``state`` as one checkpoint at ``path``, in the background.
+
+    On return the snapshot is taken, except that device tensors which only ``optimizer.step()`` changes may
+    still be being copied until the fence. The checkpoint exists, whole and durable, once the
+    handle's ``result()`` returns; before that there is nothing at ``path``, or what was there.
+
+    For a run of saves use `Checkpointer`, which keeps its memory and threads.
+
+    Args:
+        state: any nest of dicts, lists, tuples with tensors, arrays, plain values and objects that
+            have ``state_dict()``.
+        path: the directory to make; its parent is made if need be.
+        compression: "auto", "off", a level from 0 to 22, or a `Compression`.
+        memory_limit: most bytes to use beside the state, or "auto".
+        overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
+            durable.
+
+    Raises:
+        StateError, ConfigError, StagingError, CheckpointExistsError: at once.
+        SaveError, CommitError: from the handle.
+    """
+    began = time.perf_counter()
+    setting, limit = parse_compression(compression), parse_limit(memory_limit)
+    filesystem = LocalFileSystem()
+    target = Path(os.path.abspath(path))
+    _check_target(filesystem, target, overwrite=overwrite)
+    try:
+        filesystem.make_directories(target.parent)
+        sweep(filesystem, target.parent, target.name)
+    except OSError as cause:
+        raise write_error("create", target.parent, cause) from cause
+    pipeline = Pipeline(
+        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
+    )
+    try:
+        return pipeline.save(state, Target(target, replace=overwrite), began)
+    except BaseException:
+        pipeline.close()
+        raise
+
+
+def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:
+    if not filesystem.exists(target):
+        return
+    if filesystem.is_directory(target):
+        if not filesystem.list_directory(target):
+            return
+        if overwrite and filesystem.exists(target / CHECKPOINT_FILE):
+            return
+    hint = (
+        "it is not a checkpoint and will not be replaced; choose another path"
+        if overwrite
+        else "choose another path, or pass overwrite=True to replace a checkpoint"
+    )
+    raise CheckpointExistsError(f"{target} exists already: {hint}")
+
+
+class Checkpointer:
+    """Saves, prunes and restores the checkpoints of one run.
+
+    ::
+
+        with asyncsave.Checkpointer("runs/gpt", every_steps=500, keep_last=3) as ckpt:
+            state = {"model": model, "optimizer": optimizer, "rng": asyncsave.RngState()}
+            start = ckpt.restore(state) or 0
+            for step in range(start + 1, total + 1):
+                train_one_step()
+                ckpt.step(step, state)
+                if ckpt.should_stop:
+                    break
+
+    The directory belongs to one Checkpointer at a time. Methods may be called from any thread; each
+    call that touches saves first raises the error of a background save that failed and was not yet
+    seen.
+
+    Args:
+        directory: where checkpoints go, made if need be. What a killed run left half-written is
+            removed.
+        every_steps: `step` saves when the step is a multiple of this.
+        every_seconds: `step` saves when this much time has passed since the last save began.
+        keep_last: keep the newest so many.
+        keep_every: keep those whose step is a multiple of this.
+        keep_best: keep the best by a metric given to `step`: its name (lowest is best), or a tuple
+            of name, "min" or "max", and how many. A checkpoint stays if any rule keeps it; without
+            rules all stay. Nothing is removed before what replaces it is durable.
+        compression: "auto", "off", a level from 0 to 22, or a `Compression`.
+        memory_limit: most bytes to use beside the state; "auto" is the whole state if that is at
+            most half of the available memory, else that half. With less than the state, it is
+            copied in waves.
+        on_busy: when a save is due and the last one still runs: "wait" for it, "skip" this one, or
+            raise an "error" (BusyError).
+        overlap: copy device tensors that only the optimizer changes during the next forward and
+            backward pass. Off: everything is copied before `save` returns.
+        signals: on one of these, the next `step` saves, waits until durable and sets `should_stop`.
+        durable: sync files and directories, so that what is reported done survives a power cut.
+
+    Raises:
+        ConfigError: an argument cannot be.
+        BusyError: another Checkpointer, here or in another process, is using the directory.
+        WriteError: the directory cannot be made or used.
+    """
+
+    def __init__(
+        self,
+        directory: PathLike,
+        *,
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: KeepBest | None = None,
+        compression: CompressionSetting = "auto",
+        memory_limit: MemoryLimit = "auto",
+        on_busy: OnBusy = "wait",
+        overlap: bool = True,
+        signals: Iterable[int] = (signal.SIGTERM,),
+        durable: bool = True,
+    ) -> None:
+        self._every_steps = _positive("every_steps", every_steps, int)
+        self._every_seconds = _positive("every_seconds", every_seconds, int, float)
+        self._policy = Policy.parse(keep_last, keep_every, keep_best)
+        setting, limit = parse_compression(compression), parse_limit(memory_limit)
+        if on_busy not in ("wait", "skip", "error"):
+            raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
+        self._on_busy = on_busy
+        self._directory = Path(os.path.abspath(directory))
+        self._filesystem: FileSystem = LocalFileSystem()
+        self._mutex = threading.RLock()
+        self._stats = Stats()
+        self._pid = os.getpid()
+        self._closed = False
+        self._handles: list[SaveHandle] = []
+        self._metrics: dict[int, dict[str, float | None]] = {}
+        self._own: set[int] = set()  # steps that this Checkpointer saved
+        self._restored: int | None = None
+        self._last_save = time.monotonic()
+        self._signalled: int | None = None
+        self._should_stop = False
+        self._previous: dict[int, Any] = {}
+        self._lock = self._own_directory()
+        try:
+            self._pipeline = Pipeline(
+                self._filesystem,
+                compression=setting,
+                memory_limit=limit,
+                overlap=overlap,
+                durable=durable,
+            )
+            self._install(signals)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:
+            # the training's own exception is the one to see; this one goes with it
+            error.add_note(f"asyncsave: a save had failed as well: {failure!r}")
+            _log.error("a save failed: %s", failure, exc_info=failure)
+
+    # -- saving -------------------------------------------------------------------------------
+
+    def step(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Any = None,
+    ) -> SaveHandle | None:
+        """Save ``state`` if it is due; call after every training step.
+
+        It is due when ``every_steps`` or ``every_seconds`` says so, and when a signal has arrived:
+        then this call waits until the checkpoint is durable, and `should_stop` is true on return.
+
+        Args:
+            step: the training step that ``state`` is after.
+            metrics: numbers to store, which ``keep_best`` may go by.
+            metadata: plain JSON to store in ``checkpoint.json``.
+
+        Returns:
+            The handle of the save that was begun, or None.
+
+        Raises:
+            What `save` raises, and the error of an earlier save that nobody has seen.
+        """
+        with self._mutex:
+            self._check()
+            if self._signalled is not None and not self._should_stop:
+                handle = self._save(step, state, metrics, metadata, on_busy="wait")
+                assert handle is not None
+                handle.result()
+                self._should_stop = True
+                return handle
+            if not self._due(step):
+                return None
+            return self._save(step, state, metrics, metadata, on_busy=self._on_busy)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Any = None,
+        block: bool = False,
+    ) -> SaveHandle | None:
+        """Save ``state`` now.
+
+        On return the snapshot is taken, except for copies that are allowed until the fence; with
+        ``block``, the checkpoint is durable.
+
+        Returns:
+            The handle; None only if a save is in flight and ``on_busy="skip"``.
+
+        Raises:
+            StateError, StagingError, ConfigError: this state was not saved.
+            CheckpointExistsError: this step was saved already.
+            BusyError: a save is in flight and ``on_busy="error"``.
+            SaveError, CommitError: with ``block``, this save's; else one of an earlier save.
+        """
+        with self._mutex:
+            self._check()
+            handle = self._save(step, state, metrics, metadata, on_busy=self._on_busy)
+        if block and handle is not None:
+            handle.result()
+        return handle
+
+    def prewarm(self, state: Any) -> None:
+        """Take the memory that saving ``state`` needs now, so that the first save costs like any other.
+
+        Optimizers have no state before their first step: call it after that, or the rest comes
+            later.
+        """
+        with self._mutex:
+            self._check()
+            self._await_current()
+            self._pipeline.prewarm(state)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no save is in flight, at most ``timeout`` seconds; return whether that is so.
+
+        Raises:
+            SaveError, CommitError: of a save that failed and that nobody has seen.
+        """
+        with self._mutex:
+            self._check()
+            current = self._pipeline.current
+            ended = current is None or current.wait_ended(timeout)
+            self._raise_unseen()
+            return ended
+
+    def close(self) -> None:
+        """Finish the save in flight, end all threads, give back memory, lock and signals. Idempotent.
+
+        Raises:
+            SaveError, CommitError: of a save that failed and that nobody has seen.
+        """
+        with self._mutex:
+            if self._closed or self._pid != os.getpid():
+                return
+            self._closed = True
+            self._uninstall()
+            self._pipeline.close()
+            if self._lock is not None:
+                self._lock.release()
+            self._raise_unseen()
+
+    # -- restoring ----------------------------------------------------------------------------
+
+    def restore(self, state: Any, *, step: int | None = None, strict: bool = True) -> int | None:
+        """Fill ``state`` from the newest checkpoint that verifies, or from that of ``step``.
+
+        See `asyncsave.restore` for how. Checkpoints that were passed over because they are damaged
+        are logged and noted in ``stats.passed_over``.
+
+        Returns:
+            Its step; None if the run has no checkpoint.
+
+        Raises:
+            MismatchError: it does not fit ``state``; nothing was changed.
+            IntegrityError, FormatError: there are checkpoints, and all are damaged.
+            CheckpointNotFoundError: there is none of ``step``.
+        """
+        with self._mutex:
+            self._check()
+            self._await_current()
+            if step is None and not self.steps():
+                return None
+            restored = restore_from(
+                self._filesystem,
+                self._path(step),
+                state,
+                strict=strict,
+                passed_over=self._pass_over,
+            )
+            self._restored = restored
+            self._last_save = time.monotonic()
+            return restored
+
+    def load(
+        self,
+        *,
+        step: int | None = None,
+        keys: str | Sequence[str] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Any:
+        """Return the state of the newest checkpoint that verifies, or of ``step``: see `asyncsave.load`."""
+        with self._mutex:
+            self._check()
+            self._await_current()
+            return load_from(
+                self._filesystem,
+                self._path(step),
+                keys=keys,
+                device=device,
+                passed_over=self._pass_over,
+            )
+
+    def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints in the directory, ascending."""
+        return list_steps(self._filesystem, self._directory)
+
+    def latest_step(self) -> int | None:
+        """Return the newest committed step, or None."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints are."""
+        return self._directory
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a signal has arrived and the state is safe on disk: leave the training loop."""
+        return self._should_stop
+
+    @property
+    def stats(self) -> Stats:
+        """Sums over all saves so far."""
+        return self._stats
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None,
+        metadata: Any,
+        *,
+        on_busy: OnBusy,
+    ) -> SaveHandle | None:
+        began = time.perf_counter()
+        if type(step) is not int or not 0 <= step < 10**18:
+            raise ConfigError(f"step={step!r} must be an int from 0 on")
+        numbers = _numbers(metrics or {})
+        encode_plain(metadata, "metadata")
+        current = self._pipeline.current
+        if current is not None and not current.done():
+            if on_busy == "skip":
+                self._stats.skipped += 1
+                return None
+            if on_busy == "error":
+                raise BusyError(
+                    f"the save of step {current.step} is still being written; wait(), save less "
+                    "often, or choose on_busy='wait' or 'skip'"
+                )
+            self._await_current()
+            self._raise_unseen()
+        target = Target(
+            step_path(self._directory, step),
+            step,
+            self._may_replace(step),
+            numbers,
+            metadata,
+            lambda: self._prune(step, numbers),
+        )
+        self._last_save = time.monotonic()
+        handle = self._pipeline.save(state, target, began)
+        self._handles.append(handle)
+        handle.add_done_callback(self._count)
+        return handle
+
+    def _due(self, step: int) -> bool:
+        if self._every_steps is not None and step % self._every_steps == 0:
+            return True
+        seconds = self._every_seconds
+        return seconds is not None and time.monotonic() - self._last_save >= seconds
+
+    def _may_replace(self, step: int) -> bool:
+        """Whether a checkpoint of this step, if there is one, is of an attempt that was given up."""
+        if not self._filesystem.exists(step_path(self._directory, step)):
+            return False
+        if self._restored is not None and step > self._restored and step not in self._own:
+            _log.warning(
+                "replacing the checkpoint of step %d, which is later than step %d that was restored",
+                step,
+                self._restored,
+            )
+            return True
+        raise CheckpointExistsError(
+            f"{self._directory} has a checkpoint of step {step} already; restore() first to go on "
+            "from the newest one, or use another directory"
+        )
+
+    def _prune(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Apply the policy, in the background, after ``step`` has become durable."""
+        self._own.add(step)
+        self._metrics[step] = metrics
+        if self._policy == Policy():
+            return
+        known = {each: self._metrics_of(each) for each in self.steps()}
+        prune(self._filesystem, self._directory, self._policy.doomed(known, step))
+
+    def _metrics_of(self, step: int) -> dict[str, float | None]:
+        if step not in self._metrics:
+            path = step_path(self._directory, step) / CHECKPOINT_FILE
+            try:
+                data = read_all(self._filesystem, path, MAX_CHECKPOINT_BYTES)
+                self._metrics[step] = decode_checkpoint(data, path).metrics
+            except LoadError as cause:
+                _log.warning("could not read the metrics of step %d: %s", step, cause)
+                self._metrics[step] = {}
+        return self._metrics[step]
+
+    def _count(self, handle: SaveHandle) -> None:
+        report = handle.peek()
+        if report is None:
+            self._stats.failures += 1
+        else:
+            self._stats.add(report)
+
+    def _await_current(self) -> None:
+        if self._pipeline.current is not None:
+            self._pipeline.current.wait_ended()
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError("this Checkpointer belongs to the parent process; make one here")
+        if self._closed:
+            raise ClosedError("this Checkpointer is closed; make a new one")
+        self._raise_unseen()
+
+    def _raise_unseen(self) -> None:
+        ended = [handle for handle in self._handles if handle.done()]
+        self._handles = [handle for handle in self._handles if not handle.done()]
+        errors = [error for handle in ended if (error := handle.take_error()) is not None]
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"another save failed as well: {other!r}")
+            raise errors[0]
+
+    def _path(self, step: int | None) -> Path:
+        if step is None:
+            return self._directory
+        if step not in self.steps():
+            raise CheckpointNotFoundError(
+                f"{self._directory} has no checkpoint of step {step}; it has {self.steps()}"
+            )
+        return step_path(self._directory, step)
+
+    def _pass_over(self, path: Path, why: str) -> None:
+        self._stats.passed_over.append((path, why))
+
+    def _own_directory(self) -> Lock | None:
+        filesystem, directory = self._filesystem, self._directory
+        try:
+            filesystem.make_directories(directory)
+            lock = filesystem.lock(directory)
+        except BlockingIOError as cause:
+            raise BusyError(
+                f"another Checkpointer is using {directory}, in this process or another; close it, or "
+                "use another directory"
+            ) from cause
+        except OSError as cause:
+            raise write_error("use", directory, cause) from cause
+        if lock is None:
+            _log.warning("%s is on a filesystem without locks: nothing is swept there", directory)
+            return None
+        try:
+            sweep(filesystem, directory)
+        except OSError as cause:
+            lock.release()
+            raise write_error("read", directory, cause) from cause
+        return lock
+
+    # -- signals ------------------------------------------------------------------------------
+
+    def _install(self, signals: Iterable[int]) -> None:
+        wanted = list(signals)
+        if wanted and threading.current_thread() is not threading.main_thread():
+            _log.warning(
+                "signals are not handled: this Checkpointer is not made in the main thread"
+            )
+            return
+        for number in wanted:
+            try:
+                self._previous[number] = signal.signal(number, self._on_signal)
+            except (OSError, ValueError, TypeError) as cause:
+                self._uninstall()
+                raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: anything more could interrupt, and then wait for, the thread it runs in.
+        self._signalled = number
+        previous = self._previous.get(number)
+        if callable(previous) and self._pid == os.getpid():
+            previous(number, frame)
+
+    def _uninstall(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._on_signal:
+                with contextlib.suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous.clear()
+
+
+def _positive(name: str, value: Any, *types: type) -> Any:
+    if value is not None and (type(value) not in types or not value > 0 or math.isinf(value)):
+        raise ConfigError(f"{name}={value!r} must be a positive {types[-1].__name__}, or None")
+    return value
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    numbers: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as cause:
+            raise ConfigError(
+                f"the metric {name!r} is {value!r:.80}, which is not a number"
+            ) from cause
+        numbers[str(name)] = number if math.isfinite(number) else None
+    return numbers

@@ -1,0 +1,179 @@
+"""Everything asyncsave raises on purpose.
+
+::
+
+    AsyncSaveError
+    ├ ConfigError              an argument that cannot be, with what can          (ValueError)
+    ├ StateError               a value that cannot be saved, with its fqn         (TypeError)
+    ├ ClosedError              used after close()                                 (RuntimeError)
+    ├ BusyError                a save, or another Checkpointer, is at work        (RuntimeError)
+    ├ CheckpointExistsError    the path is taken, overwrite is off                (FileExistsError)
+    ├ SaveError                not committed; what was there before is as it was
+    │ ├ StagingError           the snapshot could not be taken, or was torn
+    │ └ WriteError             the operating system refused: .path, .errno
+    │   └ DiskFullError        no space, or quota reached
+    ├ CommitError              renamed, but not known to be on disk: outcome unknown
+    └ LoadError
+      ├ CheckpointNotFoundError                                                   (FileNotFoundError)
+      ├ FormatError            not a checkpoint, or its records contradict        (ValueError)
+      │ └ UnsupportedVersionError   written in a newer format
+      ├ IntegrityError         bytes differ from their checksum: .path, .offset
+      └ MismatchError          the checkpoint does not fit the state, all reasons listed
+
+Errors of other libraries and of the operating system are translated once, where they enter, with
+``raise … from``: the original is always the ``__cause__``.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "AsyncSaveError",
+    "BusyError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "ClosedError",
+    "CommitError",
+    "ConfigError",
+    "DiskFullError",
+    "FormatError",
+    "IntegrityError",
+    "LoadError",
+    "MismatchError",
+    "SaveError",
+    "StagingError",
+    "StateError",
+    "UnsupportedVersionError",
+    "WriteError",
+    "write_error",
+]
+
+
+class AsyncSaveError(Exception):
+    """Base of all errors that asyncsave raises on purpose."""
+
+
+class ConfigError(AsyncSaveError, ValueError):
+    """An argument has a value that it cannot have; the text says which it can."""
+
+
+class StateError(AsyncSaveError, TypeError):
+    """A value in the state cannot be saved; the text names its fqn and its type."""
+
+
+class ClosedError(AsyncSaveError, RuntimeError):
+    """The Checkpointer was used after ``close()``, or in a forked child."""
+
+
+class BusyError(AsyncSaveError, RuntimeError):
+    """A save is in flight and ``on_busy="error"``, or another Checkpointer owns the directory."""
+
+
+class CheckpointExistsError(AsyncSaveError, FileExistsError):
+    """The target exists already and must not be replaced."""
+
+
+class SaveError(AsyncSaveError):
+    """The checkpoint was not committed. Checkpoints that were there before are untouched."""
+
+
+class StagingError(SaveError):
+    """The snapshot could not be taken, or a tensor changed while it was being copied."""
+
+
+class WriteError(SaveError):
+    """The operating system refused to create, write, sync or rename.
+
+    Attributes:
+        path: the file or directory concerned.
+        errno: the system's error number, or None.
+    """
+
+    def __init__(self, message: str, *, path: Path, errno: int | None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.errno = errno
+
+
+class DiskFullError(WriteError):
+    """No space is left on the device, or the quota is reached."""
+
+
+class CommitError(AsyncSaveError):
+    """The rename happened, but the directory could not be synced: the outcome is unknown.
+
+    The checkpoint is visible and complete now; whether it would survive a power cut is not known.
+    """
+
+
+class LoadError(AsyncSaveError):
+    """A checkpoint could not be loaded."""
+
+
+class CheckpointNotFoundError(LoadError, FileNotFoundError):
+    """There is no checkpoint at the path."""
+
+
+class FormatError(LoadError, ValueError):
+    """The files are no checkpoint, or their records contradict each other."""
+
+
+class UnsupportedVersionError(FormatError):
+    """The checkpoint is in a format that this version of asyncsave does not know."""
+
+
+class IntegrityError(LoadError):
+    """Bytes on disk are not the bytes that were written.
+
+    Attributes:
+        path: the damaged file.
+        offset: where the damaged range begins, in bytes from the start of the file.
+    """
+
+    def __init__(self, message: str, *, path: Path, offset: int) -> None:
+        super().__init__(message)
+        self.path = path
+        self.offset = offset
+
+
+class MismatchError(LoadError):
+    """The checkpoint does not fit the state it should be loaded into; nothing was changed.
+
+    Attributes:
+        reasons: one line for every difference found.
+    """
+
+    def __init__(self, summary: str, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        shown = [f"  {reason}" for reason in self.reasons[:50]]
+        if len(self.reasons) > 50:
+            shown.append(f"  … and {len(self.reasons) - 50} more, see .reasons")
+        super().__init__("\n".join([summary, *shown]))
+
+
+_FULL = {_errno.ENOSPC, _errno.EDQUOT}
+
+
+def write_error(doing: str, path: Path, cause: OSError) -> WriteError:
+    """Return the SaveError that says ``cause`` in asyncsave's words; raise it ``from cause``."""
+    why = os.strerror(cause.errno) if cause.errno else str(cause)
+    if cause.errno in _FULL:
+        return DiskFullError(
+            f"cannot {doing} {path}: {why}. Free some space, keep fewer checkpoints (keep_last=), "
+            "or compress (compression=1); checkpoints that were there are untouched",
+            path=path,
+            errno=cause.errno,
+        )
+    hint = {
+        _errno.EACCES: "check who owns the directory and its permissions",
+        _errno.EPERM: "check who owns the directory and its permissions",
+        _errno.EROFS: "the filesystem is mounted read-only",
+        _errno.ENOTDIR: "a part of the path is a file, not a directory",
+        _errno.EIO: "the disk reports an error; see the system's log",
+        _errno.EMFILE: "this process has too many open files; see ulimit -n",
+    }.get(cause.errno or 0, "checkpoints that were there are untouched")
+    return WriteError(f"cannot {doing} {path}: {why}; {hint}", path=path, errno=cause.errno)

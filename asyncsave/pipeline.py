@@ -1,0 +1,582 @@
+"""Pipeline: one save, from live state to committed checkpoint.
+
+    training thread          encoders                event loop thread         io threads
+    flatten, plan, stage ──▶ digest, planes, zstd ──▶ append, in plan order ──▶ write(2), fsync
+          ▲                        ▲                                            commit
+          └── slots ───────────────┴── frames: whoever wants one waits for it ──┘
+
+What bounds it: a chunk is somewhere only if it has a slot or a frame, and there are as many of both
+as the budget allows. Queues between the stages are no longer than that. One save is at work at a
+time.
+
+Failure: the first error ends a save. `_Save.failed` stops the stager and the encoders; once both
+are still, every slot and frame the save had is returned and its draft is removed. So the next save
+finds the pipeline as if the failed one had never been.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import platform
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ._version import __version__
+from .budget import CHUNK_BYTES, Budget, MemoryLimit, divide, encoder_threads
+from .codec.choose import AUTO_LEVEL, Chooser, Compression
+from .codec.frame import Encoder, coding_for
+from .errors import AsyncSaveError, SaveError
+from .handle import SaveHandle, closed, finish_at_exit
+from .report import SaveReport
+from .snapshot.arena import Arena, Slot
+from .snapshot.fence import CudaTransport, Fence, LateCopies, Transport
+from .snapshot.snapshotter import Snapshotter, Staged
+from .state.plan import Chunk, Plan, Planner
+from .state.tree import Flat, flatten
+from .storage.commit import Draft, begin, commit, discard
+from .storage.filesystem import FileSystem
+from .storage.manifest import (
+    FORMAT,
+    CheckpointRecord,
+    ChunkRecord,
+    FileRecord,
+    RankFileRecord,
+    RankRecord,
+    data_file,
+    digest,
+    encode_checkpoint,
+    encode_rank,
+    rank_file,
+    tensor_records,
+)
+from .storage.writer import DataWriter, padded
+from .workers import Workers
+
+_log = logging.getLogger("asyncsave")
+_T = TypeVar("_T")
+_IO_THREADS = 2  # one writes; the other waits for device events, or for the stager
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a save is to become.
+
+    Attributes:
+        path: the checkpoint's directory.
+        step: the training step, or None.
+        replace: a checkpoint that is there already is replaced.
+        metrics: numbers by which retention may judge it.
+        metadata: what the user wants to find in ``checkpoint.json``.
+        then: called in the background once the checkpoint is durable, for retention.
+    """
+
+    path: Path
+    step: int | None = None
+    replace: bool = False
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    metadata: object = None
+    then: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """An encoded chunk: the first ``length`` bytes of ``slot``, which is of ``arena``."""
+
+    chunk: Chunk
+    arena: Arena
+    slot: Slot
+    length: int
+    coding: str
+    parts: tuple[int, ...]
+    digest: str
+    raw_digest: str
+
+    def pages(self) -> memoryview:
+        """Return its bytes, filled up with zeros to whole pages."""
+        end = padded(self.length)
+        self.slot.array[self.length : end] = 0
+        return self.slot.array[:end].data
+
+
+class _Save:
+    """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
+
+    def __init__(self, target: Target, flat: Flat, plan: Plan, handle: SaveHandle, began: float):
+        self.target = target
+        self.tree = flat.tree
+        self.names = flat.names
+        self.plan = plan
+        self.handle = handle
+        self.began = began
+        self.late: LateCopies | None = None
+        self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()
+        self.failed = threading.Event()
+        self.staging_over = threading.Event()
+        self.staging_error: BaseException | None = None
+        self.blocked_seconds = 0.0
+        self.staged_seconds = 0.0
+        self.chunks: dict[int, ChunkRecord] = {}
+        self._lock = threading.Lock()
+        self._held: dict[tuple[int, int], tuple[Arena, Slot]] = {}
+
+    def hold(self, arena: Arena, slot: Slot | None) -> Slot | None:
+        if slot is not None:
+            with self._lock:
+                self._held[id(arena), slot.index] = arena, slot
+        return slot
+
+    def release(self, arena: Arena, slot: Slot) -> None:
+        with self._lock:
+            del self._held[id(arena), slot.index]
+        arena.release(slot)
+
+    def release_all(self) -> None:
+        with self._lock:
+            held = list(self._held.values())
+        for arena, slot in held:
+            self.release(arena, slot)
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+
+class Pipeline:
+    """The threads and the memory that saves need. Owned by a Checkpointer, or by one ``save``.
+
+    `save`, `prewarm` and `close` are called by one thread at a time.
+
+    Args:
+        once: the pipeline closes itself when its first save has ended.
+        transport: how device tensors are copied; None: CUDA's, where CUDA is.
+    """
+
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        *,
+        compression: Compression | None,
+        memory_limit: MemoryLimit,
+        overlap: bool,
+        durable: bool,
+        once: bool = False,
+        transport: Transport | None = None,
+    ) -> None:
+        if transport is None and torch.cuda.is_available():
+            transport = CudaTransport()
+        self._filesystem = filesystem
+        self._compression = compression
+        self._byte_planes = compression is None or compression.byte_planes
+        self._limit = memory_limit
+        self._durable = durable
+        self._once = once
+        self._planner = Planner()
+        self._snapshotter = Snapshotter(transport, overlap=overlap)
+        self._fence = Fence()
+        self._budget: Budget | None = None
+        self._fitted: tuple[tuple[int, ...], bool] = (), False
+        self._slots: Arena | None = None
+        self._frames: Arena | None = None
+        self._encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+        self._chooser = Chooser(compression, encoder_threads())
+        self._current: SaveHandle | None = None
+        self._closed = False
+        self._encode = Workers("asyncsave-encode", encoder_threads())
+        self._io = Workers("asyncsave-io", _IO_THREADS)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="asyncsave-loop", daemon=True)
+        self._thread.start()
+        finish_at_exit(self)
+
+    # -- training thread ----------------------------------------------------------------------
+
+    @property
+    def current(self) -> SaveHandle | None:
+        """The save that was begun last."""
+        return self._current
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the pipeline holds now: slots and frames that were ever used, and encoders."""
+        arenas = sum(arena.nbytes for arena in (self._slots, self._frames) if arena is not None)
+        budget = self._budget
+        encoders = budget.encoders * budget.encoder_bytes if budget and budget.frames else 0
+        return arenas + encoders
+
+    def save(self, state: Any, target: Target, began: float) -> SaveHandle:
+        """Stage ``state`` and let the rest happen in the background. No other save is in flight.
+
+        Args:
+            began: when the caller was called (``time.perf_counter``); times are counted from there.
+
+        Raises:
+            StateError, ConfigError: nothing was begun.
+            StagingError: the snapshot could not be taken; nothing was committed.
+        """
+        flat = flatten(state)
+        plan = self._fit(flat)
+        handle = SaveHandle(target.step, target.path)
+        save = _Save(target, flat, plan, handle, began)
+        if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
+            save.late = LateCopies(self._snapshotter.transport)
+        self._chooser.begin_save()
+        self._current = handle
+        asyncio.run_coroutine_threadsafe(self._run(save), self._loop)
+        try:
+            self._stage(flat, save)
+        except BaseException as error:
+            save.staging_error = error
+            self._fail(save)
+            raise
+        finally:
+            save.blocked_seconds = save.elapsed()
+            self._feed(save, [None])
+            save.staging_over.set()
+        return handle
+
+    def prewarm(self, state: Any) -> None:
+        """Take (and pin) the memory that saving ``state`` will need, without saving it."""
+        self._fit(flatten(state))
+        for arena in (self._slots, self._frames):
+            if arena is not None:
+                arena.touch()
+
+    def wait_fence(self) -> None:
+        """Make the compute streams wait for copies that are under way."""
+        self._fence.wait()
+
+    def close(self) -> None:
+        """Finish the save in flight, end all threads, give all memory back. Idempotent."""
+        if self._closed:
+            return
+        if self._current is not None:
+            self._current.wait_ended()
+            if self._once:
+                self._thread.join()  # it closes the rest by itself
+                return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._close_rest()
+
+    def _close_rest(self) -> None:
+        self._closed = True
+        self._fence.close()
+        self._encode.shutdown()
+        self._io.shutdown()
+        self._drop_memory()
+        closed(self)
+
+    def _fit(self, flat: Flat) -> Plan:
+        """Plan, and make arenas and encoders fit the plan; those there are stay if they do."""
+        late = self._snapshotter.late(flat)
+        pin = self._snapshotter.on_device(flat)
+        chunk_bytes = self._budget.chunk_bytes if self._budget else CHUNK_BYTES
+        plan = self._planner.plan(flat, chunk_bytes, late)
+        if (plan.groups, pin) == self._fitted:
+            return plan
+        budget = divide(self._limit, plan.groups, self._compression, self.memory_bytes)
+        if budget.chunk_bytes != chunk_bytes:
+            plan = self._planner.plan(flat, budget.chunk_bytes, late)
+        if self._budget is None or pin != self._fitted[1] or not budget.fits_in(self._budget):
+            self._drop_memory()
+            self._slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
+            if budget.frames:
+                self._frames = Arena(budget.slot_bytes, budget.frames)
+                level = AUTO_LEVEL if self._compression is None else self._compression.level
+                for _ in range(budget.encoders):
+                    self._encoders.put(Encoder(level, budget.slot_bytes, self._byte_planes))
+            self._budget = budget
+        self._fitted = plan.groups, pin
+        return plan
+
+    def _drop_memory(self) -> None:
+        for arena in (self._slots, self._frames):
+            if arena is not None:
+                arena.close()
+        self._slots = self._frames = self._budget = None
+        self._fitted = (), False
+        self._snapshotter.forget()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._encoders.get_nowait()
+
+    def _stage(self, flat: Flat, save: _Save) -> None:
+        """Copy all chunks into slots, in waves if there are fewer slots than chunks."""
+        slots = self._slots
+        assert slots is not None
+        ready: list[Staged | None] = []
+        unfinished = []
+        for chunk in sorted(save.plan.chunks, key=lambda chunk: (chunk.late, chunk.index)):
+            slot = save.hold(slots, slots.acquire(chunk.index, wait=False))
+            if slot is None:
+                # Only now: as long as slots are free, the copy has the cores and the GIL to itself.
+                self._feed(save, ready)
+                ready = []
+                slot = save.hold(slots, slots.acquire(chunk.index, give_up=save.failed.is_set))
+                if slot is None:
+                    return  # the save has failed meanwhile, and its handle says why
+            staged = self._snapshotter.stage(flat, save.plan, chunk, slot, save.late)
+            ready.append(staged)
+            if staged.event is not None and staged.late is None:
+                unfinished.append(staged.event)
+        if save.late is not None:
+            self._fence.add(save.late)
+        for event in unfinished:
+            event.synchronize()
+        if save.late is None:
+            self._note_staged(save)
+        self._feed(save, ready)
+
+    def _feed(self, save: _Save, items: list[Staged | None]) -> None:
+        def put() -> None:
+            for item in items:
+                save.queue.put_nowait(item)
+
+        self._loop.call_soon_threadsafe(put)
+
+    # -- event loop thread --------------------------------------------------------------------
+
+    def _run_loop(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    async def _run(self, save: _Save) -> None:
+        report: SaveReport | None = None
+        error: BaseException | None = None
+        try:
+            report = await self._write(save)
+        except BaseException as caught:  # whatever it is, it belongs to who holds the handle
+            error = save.staging_error or caught
+        if error is not None and not isinstance(error, (AsyncSaveError, KeyboardInterrupt)):
+            wrapped = SaveError(f"saving {save.target.path} failed: {error!r}")
+            wrapped.__cause__ = error
+            error = wrapped
+        if self._once:
+            self._close_rest()
+        if report is not None:
+            save.handle.set_report(report)
+        else:
+            assert error is not None
+            save.handle.set_error(error, seen=error is save.staging_error)
+        if self._once:
+            self._loop.stop()
+
+    async def _write(self, save: _Save) -> SaveReport:
+        """Take a save from its first staged chunk to its commit, or undo it."""
+        draft = None
+        writer: DataWriter | None = None
+        encoding: asyncio.Task[None] | None = None
+        futures: asyncio.Queue[asyncio.Future[_Frame] | None] = asyncio.Queue()
+        try:
+            draft = await self._call(begin, self._filesystem, save.target.path)
+            writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
+            encoding = asyncio.create_task(self._encode_all(save, futures))
+            encoding.add_done_callback(lambda _: futures.put_nowait(None))
+            while (future := await futures.get()) is not None:
+                await self._append(save, await future, writer)
+            await encoding
+            if self._durable:
+                before = writer.write_seconds
+                await writer.sync()
+                self._chooser.wrote(0, writer.write_seconds - before)
+            await writer.close()
+            stored = await self._call(self._commit, save, draft, writer.nbytes)
+        except BaseException:
+            self._fail(save)
+            if encoding is not None:
+                await asyncio.wait([encoding])
+                encoding.exception()  # follows from the first error, which is reported
+            await self._settle(save, futures)
+            if writer is not None:
+                with contextlib.suppress(AsyncSaveError):
+                    await writer.close()
+            if draft is not None:
+                await self._call(discard, self._filesystem, draft)
+            raise
+        report = await self._call(self._report, save, stored)
+        try:
+            await self._call(save.target.then)
+        except Exception:
+            _log.exception("%s is durable, but tidying up after it failed", save.target.path)
+        return report
+
+    async def _encode_all(
+        self, save: _Save, futures: asyncio.Queue[asyncio.Future[_Frame] | None]
+    ) -> None:
+        """Hand staged chunks to the encoders as they come, and their results on in that order."""
+        while (staged := await save.queue.get()) is not None:
+            if staged.event is not None:
+                await self._call(staged.event.synchronize)
+                if staged.late is not None:
+                    staged.late.settle(staged.chunk.index)
+            room = None
+            if self._chooser.pick():
+                # In the order of the chunks, which is the order they are written in: otherwise
+                # later chunks could take all frames, and the one that is waited for find none.
+                room = await self._call(self._frame_for, save)
+                if room is None:
+                    continue  # the save has failed; go on to the end of the queue
+            future = self._loop.run_in_executor(self._encode, self._encode_one, save, staged, room)
+            futures.put_nowait(future)
+        if save.staging_error is not None:
+            raise save.staging_error
+        if save.failed.is_set():
+            raise SaveError("another part of the save has failed")
+        if save.late is not None:
+            self._note_staged(save)
+
+    def _frame_for(self, save: _Save) -> Slot | None:
+        assert self._frames is not None
+        return save.hold(self._frames, self._frames.acquire(give_up=save.failed.is_set))
+
+    async def _append(self, save: _Save, frame: _Frame, writer: DataWriter) -> None:
+        begun, pages = writer.write_seconds, frame.pages()
+        offset = await writer.append(pages)
+        save.release(frame.arena, frame.slot)
+        self._chooser.wrote(pages.nbytes, writer.write_seconds - begun)
+        save.chunks[frame.chunk.index] = ChunkRecord(
+            offset=offset,
+            length=frame.length,
+            raw_length=frame.chunk.nbytes,
+            coding=frame.coding,
+            parts=list(frame.parts),
+            xxh3_128=frame.digest,
+            raw_xxh3_128=frame.raw_digest,
+        )
+
+    def _fail(self, save: _Save) -> None:
+        """Stop whoever works for this save."""
+        save.failed.set()
+        for arena in (self._slots, self._frames):
+            if arena is not None:
+                arena.wake()
+
+    async def _settle(
+        self, save: _Save, futures: asyncio.Queue[asyncio.Future[_Frame] | None]
+    ) -> None:
+        """Wait until nobody touches the slots of a failed save any more, and return them."""
+        await self._call(save.staging_over.wait)
+        while not futures.empty():
+            future = futures.get_nowait()
+            if future is not None:
+                await asyncio.wait([future])
+                future.exception()  # the first error is reported; these follow from it
+        while not save.queue.empty():
+            staged = save.queue.get_nowait()
+            if staged is not None and staged.event is not None:
+                with contextlib.suppress(RuntimeError):
+                    await self._call(staged.event.synchronize)
+        if save.late is not None:
+            save.late.drop()
+        save.release_all()
+
+    async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
+        return await self._loop.run_in_executor(self._io, function, *args)
+
+    def _note_staged(self, save: _Save) -> None:
+        save.staged_seconds = save.elapsed()
+        save.handle.set_staged()
+
+    def _commit(self, save: _Save, draft: Draft, data_bytes: int) -> int:
+        """Write the manifests and commit; return the length of all files."""
+        rank_bytes = encode_rank(
+            RankRecord(
+                format=FORMAT,
+                rank=0,
+                files=[FileRecord(name=data_file(0), length=data_bytes)],
+                chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
+                tensors=tensor_records(save.names, save.plan),
+                tree=save.tree,
+            )
+        )
+        checkpoint_bytes = encode_checkpoint(
+            CheckpointRecord(
+                format=FORMAT,
+                step=save.target.step,
+                world_size=1,
+                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                versions={
+                    "asyncsave": __version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
+                },
+                metrics=save.target.metrics,
+                metadata=save.target.metadata,
+                ranks=[
+                    RankFileRecord(
+                        file=rank_file(0), length=len(rank_bytes), xxh3_128=digest(rank_bytes)
+                    )
+                ],
+            )
+        )
+        commit(
+            self._filesystem,
+            draft,
+            rank_bytes,
+            checkpoint_bytes,
+            durable=self._durable,
+            replace=save.target.replace,
+        )
+        return data_bytes + len(rank_bytes) + len(checkpoint_bytes)
+
+    def _report(self, save: _Save, stored_bytes: int) -> SaveReport:
+        durable_seconds = save.elapsed()
+        return SaveReport(
+            step=save.target.step,
+            path=save.target.path,
+            blocked_seconds=save.blocked_seconds,
+            fence_seconds=0.0 if save.late is None else save.late.fence_seconds(),
+            staged_seconds=save.staged_seconds,
+            durable_seconds=durable_seconds,
+            raw_bytes=save.plan.nbytes,
+            stored_bytes=stored_bytes,
+            peak_memory_bytes=self.memory_bytes,
+            chunks=len(save.chunks),
+            encoded_chunks=sum(chunk.coding != "raw" for chunk in save.chunks.values()),
+            tensors=len(save.names),
+        )
+
+    # -- encoder threads ----------------------------------------------------------------------
+
+    def _encode_one(self, save: _Save, staged: Staged, room: Slot | None) -> _Frame:
+        """Make the frame of one chunk: encoded into ``room``, or as it is, in its slot."""
+        chunk, slot, slots, frames = staged.chunk, staged.slot, self._slots, self._frames
+        assert slots is not None
+        raw = slot.array[: chunk.nbytes]
+        raw_digest = digest(raw.data)
+        if room is not None:
+            assert frames is not None
+            coding = coding_for(chunk.dtype, self._byte_planes)
+            begun = time.perf_counter()
+            encoder = self._encoders.get()
+            try:
+                coding, parts = encoder.encode(raw, coding, room.array)
+            finally:
+                self._encoders.put(encoder)
+            length = sum(parts)
+            self._chooser.encoded(raw.size, length, time.perf_counter() - begun)
+            if coding != "raw":
+                save.release(slots, slot)
+                return _Frame(
+                    chunk,
+                    frames,
+                    room,
+                    length,
+                    coding,
+                    parts,
+                    digest(room.array[:length].data),
+                    raw_digest,
+                )
+            save.release(frames, room)
+        return _Frame(chunk, slots, slot, raw.size, "raw", (raw.size,), raw_digest, raw_digest)

@@ -1,0 +1,181 @@
+"""Arena: page-aligned slots, allocated once and reused by every save.
+
+Why it exists: copying into memory that was touched before runs at the memory's speed, copying into
+fresh memory at the page fault's, five times slower. Slots are pages of one private anonymous
+mapping, so they satisfy O_DIRECT (4096-byte alignment) and, registered with CUDA, asynchronous
+copies too.
+
+Who calls what: any thread may `acquire` and `release`. Growing and closing belong to the pipeline,
+when no slot is out.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+PAGE_BYTES = 4096
+
+
+class Slot:
+    """One fixed-size piece of the arena, as a NumPy array and as a torch tensor of uint8."""
+
+    __slots__ = ("array", "index", "nbytes", "tensor")
+
+    def __init__(self, index: int, tensor: torch.Tensor) -> None:
+        self.index = index
+        self.tensor = tensor
+        self.array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.numpy()
+        self.nbytes = tensor.numel()
+
+
+class Arena:
+    """``count`` slots of ``slot_bytes`` each.
+
+    Memory is reserved at once and taken from the system slot by slot, on first use; from then on
+    it is kept until `close`. Forked children do not inherit it (writing with O_DIRECT from memory
+    that a fork made copy-on-write can corrupt what is written, see open(2)).
+
+    Args:
+        slot_bytes: length of a slot, a multiple of 4096.
+        count: how many.
+        pin: register slots with CUDA so that device copies into them are asynchronous.
+    """
+
+    def __init__(self, slot_bytes: int, count: int, *, pin: bool = False) -> None:
+        if slot_bytes % PAGE_BYTES or slot_bytes <= 0 or count <= 0:
+            raise ValueError(f"an arena of {count} slots of {slot_bytes} bytes cannot be")
+        self.slot_bytes = slot_bytes
+        self.count = count
+        self._pin = pin
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapping: mmap.mmap | None = mmap.mmap(-1, slot_bytes * count, flags=flags)
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                # measured: first touch 9.0 GB/s with huge pages, 3.5 without
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel built without them
+        self._changed = threading.Condition()
+        self._slots: list[Slot | None] = [None] * count
+        self._free = collections.OrderedDict.fromkeys(range(count))
+        self._registered: list[int] = []
+        self.allocated = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots that were ever used."""
+        return self.allocated * self.slot_bytes
+
+    @property
+    def free(self) -> int:
+        """Slots that are not out."""
+        with self._changed:
+            return len(self._free)
+
+    def acquire(
+        self,
+        prefer: int = 0,
+        *,
+        wait: bool = True,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Slot | None:
+        """Take a slot out: slot ``prefer`` modulo count if it is free, else any.
+
+        Returns None if none is free and ``wait`` is off, or once ``give_up()`` is true; call
+        `wake` when that may have changed.
+        """
+        with self._changed:
+            while not self._free:
+                if not wait or give_up():
+                    return None
+                self._changed.wait()
+            index = prefer % self.count
+            if index in self._free:
+                del self._free[index]
+            else:
+                index, _ = self._free.popitem(last=False)
+            slot = self._slots[index]
+            if slot is None:
+                slot = self._slots[index] = self._make(index)
+            return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back."""
+        with self._changed:
+            if slot.index in self._free:
+                raise RuntimeError(f"slot {slot.index} was released twice")
+            self._free[slot.index] = None
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let waiting `acquire` calls look at ``give_up`` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def touch(self) -> None:
+        """Take all memory from the system (and pin it) now, instead of during the first save."""
+        with self._changed:
+            for index in self._free:
+                if self._slots[index] is None:
+                    slot = self._slots[index] = self._make(index)
+                    slot.array[::PAGE_BYTES] = 0
+
+    def close(self) -> None:
+        """Give the memory back to the system. No slot may be out."""
+        with self._changed:
+            for pointer in self._registered:
+                torch.cuda.cudart().cudaHostUnregister(pointer)
+            self._registered.clear()
+            self._slots = []
+            self._free.clear()
+            self._mapping = None  # unmapped when the last view of it is gone
+
+    def _make(self, index: int) -> Slot:
+        assert self._mapping is not None
+        start = index * self.slot_bytes
+        tensor = torch.frombuffer(
+            self._mapping, dtype=torch.uint8, offset=start, count=self.slot_bytes
+        )
+        if self._pin:
+            self._register(tensor)
+        self.allocated += 1
+        return Slot(index, tensor)
+
+    def _register(self, tensor: torch.Tensor) -> None:
+        status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
+        if status == 0:
+            self._registered.append(tensor.data_ptr())
+            return
+        self._pin = False
+        warnings.warn(
+            f"asyncsave could not pin {tensor.numel()} bytes for CUDA (error {status}); copies "
+            "will be pageable and block longer. Raise the locked-memory limit (ulimit -l), or "
+            "lower memory_limit",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def available_memory() -> int:
+    """Return how many bytes this process can still take: the machine's, or its container's."""
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            available = min(available, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass  # no such control group: psutil's figure stands
+    return available

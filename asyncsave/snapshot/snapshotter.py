@@ -1,0 +1,246 @@
+"""Snapshotter: copies the bytes of one chunk from live memory into a slot.
+
+Everything here runs in the training thread and is what a save costs it, so it is arranged around
+few calls into torch per chunk: destinations are views of slots, made once and kept as long as the
+plan holds, and torch's own threads do the copying without the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import StagingError
+from ..state.plan import Chunk, Copy, Piece, Plan, Source
+from ..state.tree import Bulk, Flat
+from .arena import Slot
+from .fence import Event, LateCopies, Transport
+
+_COPIED_AS_THEY_ARE = frozenset(
+    {
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.complex64,
+        torch.complex128,
+        torch.uint8,
+        torch.int8,
+    }
+)
+"""dtypes whose ``copy_`` is known to keep every bit; all others are copied as integers."""
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The dtype of the same width, in bytes, whose copies are plain moves."""
+
+
+@dataclass(slots=True)
+class Staged:
+    """A chunk in a slot. ``event`` is the end of a copy that is still under way, or None."""
+
+    chunk: Chunk
+    slot: Slot
+    event: Event | None = None
+    late: LateCopies | None = None
+
+
+class Snapshotter:
+    """Copies chunks into slots; used by the training thread.
+
+    Args:
+        transport: how device tensors are copied; None where there is no such device.
+        overlap: whether copies may end as late as the fence.
+    """
+
+    def __init__(self, transport: Transport | None, *, overlap: bool) -> None:
+        self.transport = transport
+        self._overlap = overlap
+        self._plan: Plan | None = None
+        self._bound: dict[tuple[int, int], tuple[list[torch.Tensor], list[int], list[Piece]]] = {}
+
+    def late(self, flat: Flat) -> list[bool]:
+        """Return for every leaf whether only ``optimizer.step()`` changes it, as far as is known.
+
+        True for parameters and optimizer state of the live modules and optimizers in the state,
+        on a device that copies asynchronously. Their buffers change in the forward pass already.
+        """
+        if self.transport is None or not self._overlap:
+            return [False] * len(flat.values)
+        owned = {tensor.data_ptr() for each in flat.objects for tensor in _stepped(each)}
+        return [
+            isinstance(value, torch.Tensor)
+            and self.transport.owns(value)
+            and not value.is_inference()  # it has no version to compare
+            and value.data_ptr() in owned
+            for value in flat.values
+        ]
+
+    def on_device(self, flat: Flat) -> bool:
+        """Whether any leaf is copied from a device that copies faster into pinned slots."""
+        transport = self.transport
+        return (
+            transport is not None
+            and transport.pinned
+            and any(
+                isinstance(value, torch.Tensor) and transport.owns(value) for value in flat.values
+            )
+        )
+
+    def forget(self) -> None:
+        """Let go of the views of slots that will not be used again."""
+        self._plan, self._bound = None, {}
+
+    def stage(
+        self, flat: Flat, plan: Plan, chunk: Chunk, slot: Slot, late: LateCopies | None
+    ) -> Staged:
+        """Copy ``chunk`` into ``slot``: complete on return, unless the result has an event.
+
+        Raises:
+            StagingError: torch could not copy (a device error, say).
+        """
+        if plan is not self._plan:
+            self._plan, self._bound = plan, {}
+        try:
+            with torch.no_grad():
+                return self._stage(flat, plan, chunk, slot, late)
+        except (RuntimeError, ValueError) as cause:
+            names = ", ".join(flat.names[plan.sources[p.source].leaf] for p in chunk.pieces[:3])
+            raise StagingError(f"could not copy {names} … out of live memory: {cause}") from cause
+
+    def _stage(
+        self, flat: Flat, plan: Plan, chunk: Chunk, slot: Slot, late: LateCopies | None
+    ) -> Staged:
+        key = (chunk.index, slot.index)
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = _bind(flat, plan, chunk, slot)
+        destinations, leaves, rest = bound
+        values = flat.values
+        pairs: list[tuple[torch.Tensor, Any]] = [
+            (destination, values[leaf])
+            for destination, leaf in zip(destinations, leaves, strict=True)
+        ]
+        for piece in rest:
+            pairs.extend(_pairs(values, plan.sources[piece.source], piece, slot))
+        first = values[plan.sources[chunk.pieces[0].source].leaf]
+        transport = self.transport
+        if transport is None or not isinstance(first, torch.Tensor) or not transport.owns(first):
+            for destination, source in pairs:
+                destination.copy_(source)
+            return Staged(chunk, slot)
+        event = transport.copy(pairs)
+        if late is None or not chunk.late:
+            return Staged(chunk, slot, event)
+        late.add(chunk.index, _guards(flat, plan, chunk), event)
+        return Staged(chunk, slot, event, late)
+
+
+def _stepped(each: Any) -> Iterator[torch.Tensor]:
+    if isinstance(each, torch.nn.Module):
+        yield from each.parameters()
+    elif isinstance(each, torch.optim.Optimizer):
+        for state in each.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+
+def _guards(flat: Flat, plan: Plan, chunk: Chunk) -> list[tuple[str, torch.Tensor, int]]:
+    guards = []
+    for piece in chunk.pieces:
+        leaf = plan.sources[piece.source].leaf
+        value = flat.values[leaf]
+        assert isinstance(value, torch.Tensor)
+        guards.append((flat.names[leaf], value, value._version))
+    return guards
+
+
+def _bind(
+    flat: Flat, plan: Plan, chunk: Chunk, slot: Slot
+) -> tuple[list[torch.Tensor], list[int], list[Piece]]:
+    """Make the views of ``slot`` that whole tensors are copied into; return what is left over."""
+    destinations: list[torch.Tensor] = []
+    leaves: list[int] = []
+    rest: list[Piece] = []
+    for piece in chunk.pieces:
+        source = plan.sources[piece.source]
+        value = flat.values[source.leaf]
+        if (
+            source.whole
+            and piece.stop - piece.start == source.nbytes
+            and isinstance(value, torch.Tensor)
+            and value.dtype in _COPIED_AS_THEY_ARE
+        ):
+            run = slot.tensor[piece.offset : piece.offset + source.nbytes]
+            destinations.append(run.view(value.dtype).view(value.shape))
+            leaves.append(source.leaf)
+        else:
+            rest.append(piece)
+    return destinations, leaves, rest
+
+
+def _pairs(
+    values: list[Bulk], source: Source, piece: Piece, slot: Slot
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the copies that bring one piece into a slot."""
+    value = values[source.leaf]
+    run = slot.tensor[piece.offset : piece.offset + piece.stop - piece.start]
+    if not isinstance(value, torch.Tensor):
+        # NumPy itself: torch would warn about arrays that are read-only
+        run.numpy()[:] = _array_bytes(value)[piece.start : piece.stop]
+    elif source.copy is Copy.RANGE:
+        first = (
+            int(value.storage_offset()) * value.element_size() if source.whole else source.offset
+        )
+        alias = byte_alias(value, first + piece.start, piece.stop - piece.start)
+        yield run, alias
+    else:
+        # a pending conjugation or negation is carried out by copy_, which needs the real dtype
+        if value.dtype not in _COPIED_AS_THEY_ARE and not (value.is_conj() or value.is_neg()):
+            value = value.view(INTEGERS[value.element_size()])
+        width, done = value.element_size(), 0
+        for box in _boxes(value, piece.start // width, piece.stop // width):
+            nbytes = box.numel() * width
+            yield run[done : done + nbytes].view(box.dtype).view(box.shape), box
+            done += nbytes
+
+
+def _array_bytes(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if isinstance(value, bytes):
+        return np.frombuffer(value, dtype=np.uint8)
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def byte_alias(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
+    """Return ``nbytes`` of a tensor's storage from byte ``offset``, as uint8, sharing memory."""
+    alias = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), offset, (nbytes,), (1,))
+
+
+def _boxes(tensor: torch.Tensor, first: int, stop: int) -> Iterator[torch.Tensor]:
+    """Yield views that together are the elements ``first`` to ``stop`` in row-major order."""
+    if tensor.dim() == 0:
+        yield tensor
+        return
+    if tensor.dim() == 1:
+        yield tensor[first:stop]
+        return
+    row = tensor[0].numel()
+    top, bottom = first // row, stop // row
+    if top == bottom:
+        yield from _boxes(tensor[top], first - top * row, stop - top * row)
+        return
+    if first % row:
+        yield from _boxes(tensor[top], first - top * row, row)
+        top += 1
+    if bottom > top:
+        yield tensor[top:bottom]
+    if stop % row:
+        yield from _boxes(tensor[bottom], 0, stop - bottom * row)

@@ -1,0 +1,1 @@
+"""Stage 4: frames to durable bytes, and back."""

@@ -1,0 +1,63 @@
+"""Workers: a few named threads that run what they are given, as an Executor.
+
+Why not ThreadPoolExecutor: the interpreter shuts all of those down before ``atexit`` handlers run,
+so a save that is open when the program ends could not be finished. These threads are daemons, which
+live until their owner closes them; the exit handler (handle.py) sees to that.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Workers(Executor):
+    """``count`` threads named ``name-0``, ``name-1``, …, started at once.
+
+    Any thread may `submit`. The queue is as long as what the pipeline submits, which is bounded by
+    its slots and frames.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
+            for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Run ``fn`` in one of the threads."""
+        future: Future[_T] = Future()
+
+        def task() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # handed to whoever waits, as Executors do
+                future.set_exception(error)
+
+        self._tasks.put(task)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the threads after what was submitted; on return they are gone, if ``wait``."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _work(self) -> None:
+        task: Any
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task  # or it would keep its arguments until the next one comes
