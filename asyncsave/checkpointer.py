@@ -55,7 +55,7 @@ def save(
 ) -> SaveHandle:
     """Save ``state`` as one checkpoint at ``path``, in the background.
 
-    On return the snapshot is taken, except that device tensors which only ``optimizer.step()`` changes may
+    On return the snapshot is taken, except that device tensors which only the optimizer changes may
     still be being copied until the fence. The checkpoint exists, whole and durable, once the
     handle's ``result()`` returns; before that there is nothing at ``path``, or what was there.
 
@@ -194,6 +194,7 @@ class Checkpointer:
         self._previous: dict[int, Any] = {}
         self._lock = self._own_directory()
         try:
+            self._install(signals)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -201,8 +202,8 @@ class Checkpointer:
                 overlap=overlap,
                 durable=durable,
             )
-            self._install(signals)
         except BaseException:
+            self._uninstall()
             if self._lock is not None:
                 self._lock.release()
             raise
@@ -295,7 +296,7 @@ class Checkpointer:
         return handle
 
     def prewarm(self, state: Any) -> None:
-        """Take the memory that saving ``state`` needs now, so that the first save costs like any other.
+        """Take the memory that saving ``state`` needs now, so that the first save costs no more.
 
         Optimizers have no state before their first step: call it after that, or the rest comes
             later.
@@ -319,7 +320,7 @@ class Checkpointer:
             return ended
 
     def close(self) -> None:
-        """Finish the save in flight, end all threads, give back memory, lock and signals. Idempotent.
+        """Finish the save in flight, end all threads, give everything back. Idempotent.
 
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
@@ -373,7 +374,10 @@ class Checkpointer:
         keys: str | Sequence[str] | None = None,
         device: str | torch.device = "cpu",
     ) -> Any:
-        """Return the state of the newest checkpoint that verifies, or of ``step``: see `asyncsave.load`."""
+        """Return the state of the newest checkpoint that verifies, or of ``step``.
+
+        See `asyncsave.load` for the arguments.
+        """
         with self._mutex:
             self._check()
             self._await_current()
@@ -458,12 +462,12 @@ class Checkpointer:
         return seconds is not None and time.monotonic() - self._last_save >= seconds
 
     def _may_replace(self, step: int) -> bool:
-        """Whether a checkpoint of this step, if there is one, is of an attempt that was given up."""
+        """Whether there is a checkpoint of this step, of an attempt that was given up."""
         if not self._filesystem.exists(step_path(self._directory, step)):
             return False
         if self._restored is not None and step > self._restored and step not in self._own:
             _log.warning(
-                "replacing the checkpoint of step %d, which is later than step %d that was restored",
+                "replacing the checkpoint of step %d, later than step %d, which was restored",
                 step,
                 self._restored,
             )
@@ -539,8 +543,8 @@ class Checkpointer:
             lock = filesystem.lock(directory)
         except BlockingIOError as cause:
             raise BusyError(
-                f"another Checkpointer is using {directory}, in this process or another; close it, or "
-                "use another directory"
+                f"another Checkpointer, here or in another process, uses {directory}; close it, "
+                "or use another directory"
             ) from cause
         except OSError as cause:
             raise write_error("use", directory, cause) from cause
@@ -567,7 +571,6 @@ class Checkpointer:
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
             except (OSError, ValueError, TypeError) as cause:
-                self._uninstall()
                 raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

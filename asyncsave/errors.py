@@ -14,7 +14,7 @@
     │   └ DiskFullError        no space, or quota reached
     ├ CommitError              renamed, but not known to be on disk: outcome unknown
     └ LoadError
-      ├ CheckpointNotFoundError                                                   (FileNotFoundError)
+      ├ CheckpointNotFoundError     there is none at the path            (FileNotFoundError)
       ├ FormatError            not a checkpoint, or its records contradict        (ValueError)
       │ └ UnsupportedVersionError   written in a newer format
       ├ IntegrityError         bytes differ from their checksum: .path, .offset
@@ -173,6 +173,7 @@ def write_error(doing: str, path: Path, cause: OSError) -> WriteError:
         _errno.EPERM: "check who owns the directory and its permissions",
         _errno.EROFS: "the filesystem is mounted read-only",
         _errno.ENOTDIR: "a part of the path is a file, not a directory",
+        _errno.EEXIST: "a part of the path is a file, not a directory",
         _errno.EIO: "the disk reports an error; see the system's log",
         _errno.EMFILE: "this process has too many open files; see ulimit -n",
     }.get(cause.errno or 0, "checkpoints that were there are untouched")

@@ -183,7 +183,7 @@ class Pipeline:
         self._snapshotter = Snapshotter(transport, overlap=overlap)
         self._fence = Fence()
         self._budget: Budget | None = None
-        self._fitted: tuple[tuple[int, ...], bool] = (), False
+        self._fitted: tuple[tuple[int, ...], bool] | None = None
         self._slots: Arena | None = None
         self._frames: Arena | None = None
         self._encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
@@ -286,7 +286,7 @@ class Pipeline:
         budget = divide(self._limit, plan.groups, self._compression, self.memory_bytes)
         if budget.chunk_bytes != chunk_bytes:
             plan = self._planner.plan(flat, budget.chunk_bytes, late)
-        if self._budget is None or pin != self._fitted[1] or not budget.fits_in(self._budget):
+        if self._fitted is None or pin != self._fitted[1] or not self._serves(budget):
             self._drop_memory()
             self._slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
             if budget.frames:
@@ -298,12 +298,15 @@ class Pipeline:
         self._fitted = plan.groups, pin
         return plan
 
+    def _serves(self, budget: Budget) -> bool:
+        return self._budget is not None and budget.fits_in(self._budget)
+
     def _drop_memory(self) -> None:
         for arena in (self._slots, self._frames):
             if arena is not None:
                 arena.close()
         self._slots = self._frames = self._budget = None
-        self._fitted = (), False
+        self._fitted = None
         self._snapshotter.forget()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -368,7 +371,7 @@ class Pipeline:
             save.handle.set_report(report)
         else:
             assert error is not None
-            save.handle.set_error(error, seen=error is save.staging_error)
+            save.handle.set_error(error, seen=save.staging_error is not None)
         if self._once:
             self._loop.stop()
 

@@ -387,7 +387,8 @@ class _Match:
             self.values.append((replace, node))
         else:
             self.reasons.append(
-                f"{_show(name)}: the checkpoint has a {_kind(node)}, the state a {type(into).__name__}"
+                f"{_show(name)}: the checkpoint has a {_kind(node)}, "
+                f"the state a {type(into).__name__}"
             )
 
     def _bulk(self, into: torch.Tensor | np.ndarray[Any, Any], node: Node, name: str) -> None:
@@ -418,8 +419,8 @@ class _Match:
             self.reasons.append(f"{_show(name)}: the array in the state is read-only")
         elif _overlaps_itself(into):
             self.reasons.append(
-                f"{_show(name)}: the tensor in the state has elements that share memory (expand()); "
-                "it cannot be filled in place"
+                f"{_show(name)}: the tensor in the state has elements that share memory "
+                "(expand()); it cannot be filled in place"
             )
         else:
             self.fills.append((node.i, into))
@@ -452,7 +453,8 @@ class _Match:
     def _sequence(self, into: Any, node: Node, name: str, replace: Callable[[Any], None]) -> None:
         if not isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
             self.reasons.append(
-                f"{_show(name)}: the state has a {type(into).__name__}, the checkpoint a {_kind(node)}"
+                f"{_show(name)}: the state has a {type(into).__name__}, "
+                f"the checkpoint a {_kind(node)}"
             )
             return
         items = node.items
@@ -641,7 +643,7 @@ def _load_objects(match: _Match, states: list[Any]) -> None:
 
 
 def _fill(record: TensorRecord, into: torch.Tensor | np.ndarray[Any, Any]) -> Run:
-    """Return the run that fills a live tensor or array: its own memory, where that has the layout."""
+    """Return the run that fills a live tensor or array: in its own memory, if that fits."""
     start, nbytes = record.shards[0].start, extent_bytes(record)
     if isinstance(into, np.ndarray):
         if into.flags.c_contiguous:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import collections
 import enum
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -360,13 +359,13 @@ def _add_cluster(
         and _shape(values[view.leaf]) == value.shape
         for view in cluster
     )
-    if same:
-        if first.strides is None or high - first.low > value.numel() * first.itemsize:
-            copy = Copy.RANGE if first.strides is None else Copy.GATHER
-            _add(first, value, copy, sources, keys, is_late)
-            for view in cluster:
-                view.source, view.strides = first.source, None
-            return
+    sparse = high - first.low > value.numel() * first.itemsize
+    if same and (first.strides is None or sparse):
+        copy = Copy.RANGE if first.strides is None else Copy.GATHER
+        _add(first, value, copy, sources, keys, is_late)
+        for view in cluster:
+            view.source, view.strides = first.source, None
+        return
     low = first.low
     dtype = first.dtype if len({view.dtype for view in cluster}) == 1 else "uint8"
     largest = max(cluster, key=lambda view: _storage_bytes(values[view.leaf]))
@@ -404,11 +403,10 @@ _NUMPY_CODING = {
 def _add_bytes(
     leaf: int, value: Bulk, sources: list[Source], keys: list[tuple[str, str, bool]]
 ) -> _View:
-    dtype, nbytes = "uint8", len(value)
-    if isinstance(value, np.ndarray):
-        nbytes = value.nbytes
-        if value.dtype.str[0] == "<" and sys.byteorder == "little":
-            dtype = _NUMPY_CODING.get(value.dtype.str[1:], "uint8")
+    dtype = "uint8"
+    nbytes = value.nbytes if isinstance(value, np.ndarray) else len(value)
+    if isinstance(value, np.ndarray) and value.dtype.str[0] == "<":
+        dtype = _NUMPY_CODING.get(value.dtype.str[1:], "uint8")
     sources.append(Source(leaf, Copy.BYTES, True, 0, nbytes))
     keys.append(("cpu", dtype, False))
     return _View(leaf, 0, nbytes, 1, dtype, None, source=len(sources) - 1)

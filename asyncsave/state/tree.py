@@ -469,7 +469,7 @@ def _namedtuple(name: str, fields: tuple[str, ...]) -> Any:
     if key not in _made:
         if len(_made) >= 1024:
             _made.clear()
-        _made[key] = collections.namedtuple(name, fields)  # type: ignore[misc]
+        _made[key] = collections.namedtuple(name, fields)
     return _made[key]
 
 
@@ -521,7 +521,7 @@ def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
                     wanted(inner_name)
             return True, node
         if isinstance(node, ObjectNode):
-            kept, inner = walk(node.state, "" if not name else name)
+            kept, inner = walk(node.state, name)
             return kept, msgspec.structs.replace(node, state=inner) if kept else None
         if not isinstance(node, _CONTAINERS):
             return False, None

@@ -20,7 +20,7 @@ import stat
 import weakref
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import aiofiles
 
@@ -262,9 +262,9 @@ class _LocalReadable:
 
 
 class _LocalLock:
-    """flock(2) on the directory itself: no lock file, and gone with the process, however it ends."""
+    """flock(2) on the directory itself: no lock file, and gone when the process is."""
 
-    _held: weakref.WeakSet[_LocalLock] = weakref.WeakSet()
+    _held: ClassVar[weakref.WeakSet[_LocalLock]] = weakref.WeakSet()
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor

@@ -175,7 +175,8 @@ def encode_plain(value: object, what: str) -> bytes:
         return msgspec.json.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise StateError(
-            f"{what} must be plain JSON (dicts with str keys, lists, str, numbers, bools, None): {cause}"
+            f"{what} must be plain JSON (dicts with str keys, lists, str, numbers, bools, None): "
+            f"{cause}"
         ) from cause
 
 
@@ -224,7 +225,7 @@ def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
     version = _decode(data, _Version, path).format
     if version != FORMAT:
         raise UnsupportedVersionError(
-            f"{path} is in format {version}; this asyncsave reads format {FORMAT}: install a newer one"
+            f"{path} is in format {version}, this asyncsave reads {FORMAT}: install a newer one"
         )
     record = _decode(data, CheckpointRecord, path)
     _require(record.world_size >= 1 and len(record.ranks) == record.world_size, path, "world size")

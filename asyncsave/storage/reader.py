@@ -132,7 +132,7 @@ class Checkpoint:
                 files.append(opened)
                 if opened.nbytes != file.length:
                     raise IntegrityError(
-                        f"{path / file.name} is {opened.nbytes} bytes long and should be {file.length}",
+                        f"{path / file.name} is {opened.nbytes} bytes long, not {file.length}",
                         path=path / file.name,
                         offset=min(opened.nbytes, file.length),
                     )
@@ -345,7 +345,7 @@ def read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
 
 
 def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:
-    """Yield the checkpoint at ``path``; or, if it is a run directory, its checkpoints, newest first.
+    """Yield the checkpoint at ``path``; or those of the run directory there, newest first.
 
     Raises:
         CheckpointNotFoundError: it is neither.

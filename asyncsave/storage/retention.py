@@ -34,9 +34,10 @@ def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
     steps = []
     for name in names:
         match = _STEP.fullmatch(name)
-        if match and step_path(directory, int(match[1])).name == name:
-            if filesystem.is_directory(directory / name):
-                steps.append(int(match[1]))
+        if not match or step_path(directory, int(match[1])).name != name:
+            continue
+        if filesystem.is_directory(directory / name):
+            steps.append(int(match[1]))
     return sorted(steps)
 
 

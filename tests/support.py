@@ -1,0 +1,181 @@
+"""What several tests need: bit-exact comparison, and filesystems that misbehave on command."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncsave.storage.filesystem import LocalFileSystem, WritableFile
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Return a tensor's elements in row-major order, as bytes."""
+    if tensor.numel() == 0:
+        return b""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if not flat.is_contiguous():
+        width = flat.element_size()
+        if width < 16:
+            flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+        flat = flat.contiguous()
+    raw = torch.empty(0, dtype=torch.uint8)
+    raw.set_(
+        flat.untyped_storage(),
+        int(flat.storage_offset()) * flat.element_size(),
+        (flat.numel() * flat.element_size(),),
+        (1,),
+    )
+    return raw.numpy().tobytes()
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """Assert that two trees are the same in structure, types, and every bit."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor), where
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), where
+        assert one.requires_grad == other.requires_grad, where
+        assert type(one) is type(other), where
+        assert bits(one) == bits(other), f"{where}: bits differ"
+    elif isinstance(one, np.ndarray):
+        assert isinstance(other, np.ndarray), where
+        assert (one.dtype.str, one.shape) == (other.dtype.str, other.shape), where
+        assert one.tobytes() == other.tobytes(), f"{where}: bits differ"
+    elif isinstance(one, np.generic):
+        assert type(one) is type(other), where
+        assert one.tobytes() == other.tobytes(), where
+    elif isinstance(one, float):
+        assert type(other) is float, where
+        assert struct.pack("d", one) == struct.pack("d", other), where
+    elif isinstance(one, complex):
+        assert type(other) is complex, where
+        assert struct.pack("dd", one.real, one.imag) == struct.pack("dd", other.real, other.imag)
+    elif isinstance(one, dict):
+        assert type(one) is type(other), where
+        assert [(type(k), k) for k in one] == [(type(k), k) for k in other], where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)) and not isinstance(one, torch.Size):
+        if hasattr(one, "_fields"):
+            assert type(one).__name__ == type(other).__name__, where
+            assert one._fields == other._fields, where
+        else:
+            assert type(one) is type(other), where
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}.{i}")
+    else:
+        assert type(one) is type(other), where
+        assert one == other, where
+
+
+class GatedFile:
+    """A file whose writes wait for a gate."""
+
+    def __init__(self, file: WritableFile, gate: threading.Event, executor: Executor) -> None:
+        self._file, self._gate, self._executor = file, gate, executor
+
+    async def write(self, view: memoryview) -> None:
+        import asyncio
+
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._gate.wait)
+        await self._file.write(view)
+
+    async def sync(self) -> None:
+        await self._file.sync()
+
+    async def close(self) -> None:
+        await self._file.close()
+
+
+class GatedFileSystem(LocalFileSystem):
+    """Data is written only while ``gate`` is set; so a save can be held in flight."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    async def create(self, path: Path, executor: Executor) -> WritableFile:
+        return GatedFile(await super().create(path, executor), self.gate, executor)
+
+
+class Failure:
+    """Raises ``errno`` at the i-th operation that is counted; remembers the operations."""
+
+    def __init__(self, at: int, errno: int) -> None:
+        self.at, self.errno = at, errno
+        self.operations: list[str] = []
+        self.armed = True
+
+    def __call__(self, name: str, path: Path) -> None:
+        if not self.armed:
+            return
+        self.operations.append(name)
+        if len(self.operations) - 1 == self.at:
+            raise OSError(self.errno, os.strerror(self.errno), str(path))
+
+
+class FailingFile:
+    def __init__(self, file: WritableFile, path: Path, fail: Failure) -> None:
+        self._file, self._path, self._fail = file, path, fail
+
+    async def write(self, view: memoryview) -> None:
+        self._fail("write", self._path)
+        await self._file.write(view)
+
+    async def sync(self) -> None:
+        self._fail("sync", self._path)
+        await self._file.sync()
+
+    async def close(self) -> None:
+        await self._file.close()
+        self._fail("close", self._path)
+
+
+class FailingFileSystem(LocalFileSystem):
+    """The machine's files, one operation of which fails. Removing never does: see `Failure`."""
+
+    def __init__(self, fail: Failure) -> None:
+        self.fail = fail
+
+    def create_directory(self, path: Path) -> None:
+        self.fail("create_directory", path)
+        super().create_directory(path)
+
+    async def create(self, path: Path, executor: Executor) -> WritableFile:
+        self.fail("create", path)
+        return FailingFile(await super().create(path, executor), path, self.fail)
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+        self.fail("write_file", path)
+        super().write_file(path, data, sync=sync)
+
+    def sync_directory(self, path: Path) -> None:
+        self.fail("sync_directory", path)
+        super().sync_directory(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.fail("rename", target)
+        super().rename(source, target)
+
+    def remove_tree(self, path: Path) -> None:
+        self.fail("remove_tree", path)
+        super().remove_tree(path)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Return whether ``condition()`` becomes true in time."""
+    import time
+
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True

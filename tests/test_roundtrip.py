@@ -1,0 +1,193 @@
+"""Whatever can be saved comes back to the bit, ties included."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import asyncsave
+from asyncsave.state.tree import flatten
+
+from .strategies import DTYPES, from_bits, states
+from .support import assert_same
+
+
+@pytest.fixture(scope="module", params=["off", 1, 6], ids=lambda level: f"level {level}")
+def saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A function that saves and loads, with one Checkpointer, whose memory is reused."""
+    directory = tmp_path_factory.mktemp("run")
+    steps = itertools.count()
+
+    def roundtrip(state: Any) -> Any:
+        # one Checkpointer for a few saves: reuse matters, but so does that none outlives its test
+        with asyncsave.Checkpointer(
+            directory, compression=request.param, durable=False, keep_last=1
+        ) as ckpt:
+            for _ in range(2):
+                ckpt.save(next(steps), state, block=True)
+            return ckpt.load()
+
+    yield roundtrip
+
+
+def overlaps(state: Any) -> list[tuple[int, int, int]]:
+    """Return the distance in bytes between all pairs of leaves that share memory."""
+    spans = []
+    for value in flatten(state).values:
+        if isinstance(value, torch.Tensor) and value.numel() and not value.is_conj():
+            extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+            spans.append((value.data_ptr(), value.data_ptr() + extent * value.element_size()))
+        else:
+            spans.append((0, 0))
+    return [
+        (i, j, b[0] - a[0])
+        for (i, a), (j, b) in itertools.combinations(enumerate(spans), 2)
+        if max(a[0], b[0]) < min(a[1], b[1])
+    ]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(state=states())
+def test_any_state(saver: Any, state: Any) -> None:
+    loaded = saver(state)
+    assert_same(state, loaded)
+    assert overlaps(loaded) == overlaps(state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_with_every_bit_pattern(saver: Any, dtype: torch.dtype) -> None:
+    raw = np.random.default_rng(1).bytes(4096 * dtype.itemsize)
+    if dtype is torch.bool:
+        raw = bytes(byte & 1 for byte in raw)
+    tensor = from_bits(raw, dtype, (64, 64))
+    state = {"flat": tensor, "scalar": tensor[0, 0], "t": tensor.t(), "cut": tensor[:, 1:9:3]}
+    assert_same(state, saver(state))
+    lone = {"cut": tensor[:, 1:9:3]}
+    assert_same(lone, saver(lone))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_complex32(saver: Any) -> None:
+    tensor = from_bits(bytes(range(64)), torch.complex32, (4, 4))
+    assert_same({"x": tensor}, saver({"x": tensor}))
+
+
+def test_sub_byte_dtypes(saver: Any) -> None:
+    names = [n for n in vars(torch) if n.startswith("bits") and isinstance(getattr(torch, n), torch.dtype)]
+    state = {n: from_bits(bytes(range(32)), getattr(torch, n), (4,)) for n in names}
+    assert state
+    assert_same(state, saver(state))
+
+
+def test_conjugate_and_negative_views(saver: Any) -> None:
+    z = torch.randn(5, 3, dtype=torch.complex64)
+    state = {"z": z, "conj": z.conj(), "imag": z.conj().imag, "t": z.conj().t()}
+    loaded = saver(state)
+    for name, value in state.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_views_of_different_dtypes_stay_tied(saver: Any) -> None:
+    base = torch.arange(16, dtype=torch.int32)
+    state = {"ints": base, "bytes": base.view(torch.uint8)[5:17], "shorts": base.view(torch.int16)}
+    loaded = saver(state)
+    assert_same(state, loaded)
+    loaded["ints"][2] = -1
+    assert loaded["bytes"][3] == 255
+    assert loaded["shorts"][4] == -1
+
+
+def test_strides_are_kept_where_they_cost_nothing(saver: Any) -> None:
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    loaded = saver({"image": image})["image"]
+    assert loaded.stride() == image.stride()
+    assert torch.equal(loaded, image)
+
+
+def test_a_small_view_of_a_large_tensor_is_saved_alone(tmp_path: Path) -> None:
+    large = torch.randn(1000, 1000)
+    report = asyncsave.save({"column": large[:, 3]}, tmp_path / "a", compression="off").result()
+    assert report.raw_bytes == 4000
+
+
+def test_twenty_thousand_tensors_are_few_of_anything(tmp_path: Path) -> None:
+    state = {f"layer.{i}": torch.full((256,), float(i)) for i in range(20_000)}
+    report = asyncsave.save(state, tmp_path / "a", compression="off").result()
+    assert report.chunks == 2
+    assert report.tensors == 20_000
+    assert len(list((tmp_path / "a").iterdir())) == 3
+    loaded = asyncsave.load(tmp_path / "a")
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_state_larger_than_a_chunk(saver: Any) -> None:
+    state = {
+        "large": torch.randn(3 * 2**20 + 17, dtype=torch.float64),
+        "small": torch.randn(3),
+        "bf16": torch.randn(2**20 + 1).bfloat16(),
+        "strided": torch.randn(1500, 3001)[:, ::3],
+    }
+    assert_same(state, saver(state))
+
+
+def test_tensors_of_one_state_that_move_keep_the_plan_right(tmp_path: Path) -> None:
+    with asyncsave.Checkpointer(tmp_path, compression="off", durable=False) as ckpt:
+        a, b = torch.randn(100), torch.randn(100)
+        ckpt.save(1, {"a": a, "b": b})
+        ckpt.save(2, {"a": a.clone(), "b": b})  # moved
+        ckpt.save(3, {"a": b, "b": b})  # tied now
+        ckpt.save(4, {"a": b.clone(), "b": b})  # and not any more
+        for step in (1, 2, 4):
+            loaded = ckpt.load(step=step)
+            assert loaded["a"].data_ptr() != loaded["b"].data_ptr()
+            assert torch.equal(loaded["b"], b)
+        assert torch.equal(ckpt.load(step=2)["a"], a)
+        loaded = ckpt.load(step=3)
+        assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (torch.randn(3, 3).to_sparse(), "layout"),
+        (torch.empty(3, device="meta"), "meta"),
+        (torch.nn.UninitializedParameter(), "subclass"),
+        (torch.Generator(), "RngState"),
+        ({1, 2}, "sorted"),
+        (bytearray(3), "bytes"),
+        (lambda: 0, "code is never saved"),
+        (object(), "state_dict"),
+        (torch.nn.Linear, "code is never saved"),
+        (np.array([object()]), "Python objects"),
+        (np.array([(1, 2.0)], dtype="i4,f4"), "records"),
+        ({(torch.zeros(1),): 1}, "key"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_saved_is_named(tmp_path: Path, value: Any, says: str) -> None:
+    with pytest.raises(asyncsave.StateError, match=says) as caught:
+        asyncsave.save({"outer": [0, {"inner": value}]}, tmp_path / "a")
+    assert "outer.1.inner" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+    value = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
+    with pytest.raises(asyncsave.StateError, match="'a' is quantized"):
+        asyncsave.save({"a": value}, tmp_path / "a")
+
+
+def test_a_container_that_holds_itself(tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(asyncsave.StateError, match="holds? itself"):
+        asyncsave.save({"loop": loop}, tmp_path / "a")

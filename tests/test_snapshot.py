@@ -1,0 +1,359 @@
+"""The snapshot: what is saved is the state at save(), whatever happens to it afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import asyncsave
+from asyncsave.pipeline import Pipeline, Target
+from asyncsave.snapshot.arena import Arena
+from asyncsave.storage.filesystem import LocalFileSystem
+
+from .support import GatedFileSystem, assert_same
+
+
+def training_state() -> dict[str, Any]:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 64)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "extra": torch.randn(3 << 20)}
+
+
+def tensors_of(state: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    if isinstance(state, torch.Tensor):
+        found.append(state)
+    elif isinstance(state, dict):
+        for value in state.values():
+            found += tensors_of(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            found += tensors_of(value)
+    elif hasattr(state, "state_dict"):
+        found += tensors_of(state.state_dict())
+    return found
+
+
+@pytest.mark.parametrize("compression", ["off", 1, "auto"])
+def test_mutating_everything_right_after_save_never_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any
+) -> None:
+    gated = GatedFileSystem()
+    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: gated)
+    state = training_state()
+    copies = [tensor.clone() for tensor in tensors_of(state)]
+    with asyncsave.Checkpointer(tmp_path, compression=compression) as ckpt:
+        handle = ckpt.save(1, state)
+        assert handle is not None
+        assert handle.wait_staged(0)
+        with torch.no_grad():
+            for tensor in tensors_of(state):
+                tensor.fill_(7)
+        gated.gate.set()
+        handle.result()
+        assert_same(copies, [t.clone() for t in tensors_of(ckpt.load())])
+
+
+def make_pipeline(transport: Any = None, **options: Any) -> Pipeline:
+    arguments: dict[str, Any] = {
+        "compression": asyncsave.Compression(0),
+        "memory_limit": "auto",
+        "overlap": True,
+        "durable": False,
+        **options,
+    }
+    return Pipeline(LocalFileSystem(), transport=transport, **arguments)
+
+
+def test_the_second_save_allocates_no_slot(tmp_path: Path) -> None:
+    pipeline = make_pipeline(compression=asyncsave.Compression(1))
+    state = training_state()
+    pipeline.save(state, Target(tmp_path / "1"), 0.0).result()
+    arena, used = pipeline._slots, pipeline.memory_bytes
+    assert arena is not None
+    allocated, pointers = arena.allocated, [s and s.tensor.data_ptr() for s in arena._slots]
+    pipeline.save(state, Target(tmp_path / "2"), 0.0).result()
+    assert pipeline._slots is arena
+    assert arena.allocated == allocated
+    assert [s and s.tensor.data_ptr() for s in arena._slots] == pointers
+    assert arena.free == arena.count
+    budget = pipeline._budget
+    assert budget is not None
+    assert used <= pipeline.memory_bytes <= budget.total_bytes
+    pipeline.close()
+
+
+def test_slots_are_pages() -> None:
+    arena = Arena(8192, 3)
+    slots = [arena.acquire() for _ in range(3)]
+    assert all(slot is not None and slot.tensor.data_ptr() % 4096 == 0 for slot in slots)
+    assert arena.acquire(wait=False) is None
+    for slot in slots:
+        assert slot is not None
+        arena.release(slot)
+    with pytest.raises(RuntimeError, match="twice"):
+        arena.release(slot)  # type: ignore[arg-type]
+    arena.close()
+
+
+def test_a_slot_that_is_preferred_is_given_if_free() -> None:
+    arena = Arena(4096, 4)
+    first, other = arena.acquire(2), arena.acquire(2)
+    assert first is not None
+    assert first.index == 2
+    assert other is not None
+    assert other.index != 2
+    arena.close()
+
+
+MEASURE = """
+import sys, threading, time, psutil, torch, asyncsave
+limit, level = int(sys.argv[1]), int(sys.argv[2])
+state = {f"w{i}": torch.randn(1 << 20) for i in range(30)}           # 120 MiB
+state["big"] = torch.randn(5 << 20)                                  # 20 MiB
+process = psutil.Process()
+# loads what code a save needs, which is not what is measured
+asyncsave.save({"x": torch.randn(1 << 18)}, sys.argv[3] + "/warm", compression=level).result()
+base, peak, done = process.memory_info().rss, 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, process.memory_info().rss - base)
+        time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+with asyncsave.Checkpointer(sys.argv[3] + "/run", memory_limit=limit, compression=level) as ckpt:
+    for step in range(3):
+        report = ckpt.save(step, state, block=True)
+        report = report.result()
+        assert report.peak_memory_bytes <= limit, report
+done.set(); thread.join()
+loaded = asyncsave.load(sys.argv[3] + "/run")
+assert all(torch.equal(loaded[name].view(torch.int32), state[name].view(torch.int32)) for name in state)
+print(peak)
+"""
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_memory_limit_at_a_tenth_of_the_state_is_kept(tmp_path: Path, level: int) -> None:
+    limit = 14 << 20
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(limit), str(level), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    peak = int(run.stdout)
+    assert peak <= limit * 1.05, f"{peak} bytes"  # for the sampling thread and noise
+
+
+def test_a_limit_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(asyncsave.ConfigError, match="takes at least"):
+        asyncsave.save({"x": torch.zeros(1 << 20)}, tmp_path / "a", memory_limit=10_000)
+
+
+# -- late copies, through a device that is only pretended -----------------------------------------
+
+
+class FakeEvent:
+    def __init__(self, done: threading.Event) -> None:
+        self._done = done
+
+    def synchronize(self) -> None:
+        assert self._done.wait(20)
+
+    def query(self) -> bool:
+        return self._done.is_set()
+
+
+class FakeProbe:
+    def seconds(self) -> float:
+        return 0.25
+
+
+class FakeDevice:
+    """Pretends that all tensors but 'extra' are on a device whose copies finish when told to.
+
+    A fence makes the "compute stream" wait: here, the copy is carried out on the spot.
+    """
+
+    pinned = False
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[threading.Event, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+        self.waits = 0
+        self.eager = False
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.numel() < 1 << 20
+
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> FakeEvent:
+        done = threading.Event()
+        self.copies.append((done, list(pairs)))
+        late = all(isinstance(source, torch.Tensor) for _, source in pairs)
+        assert late
+        if self.eager:
+            self.finish()
+        return FakeEvent(done)
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            for done, pairs in self.copies:
+                if not done.is_set():
+                    for destination, source in pairs:
+                        destination.copy_(source)
+                    done.set()
+
+    def wait(self, event: Any) -> FakeProbe:
+        self.waits += 1
+        self.finish()
+        return FakeProbe()
+
+
+def simple_training() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    model = torch.nn.Linear(16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    return model, optimizer, {"model": model, "optimizer": optimizer}
+
+
+def test_late_copies_end_at_the_fence(tmp_path: Path) -> None:
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    _, optimizer, state = simple_training()
+    before = [tensor.clone() for tensor in tensors_of(state)]
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    assert not handle.wait_staged(0.05)
+    optimizer.step()  # the hook fences, then the parameters change
+    assert device.waits == 1
+    assert handle.wait_staged(20)
+    report = handle.result(20)
+    assert report.fence_seconds >= 0.25
+    assert_same(before, tensors_of(asyncsave.load(tmp_path / "a")))
+    optimizer.step()
+    assert device.waits == 1, "nothing is waited for once the copies are complete"
+    pipeline.close()
+
+
+def test_a_change_before_the_fence_fails_by_name(tmp_path: Path) -> None:
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    model, optimizer, state = simple_training()
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    with torch.no_grad():
+        model.bias.mul_(2)
+    optimizer.step()
+    with pytest.raises(asyncsave.StagingError, match=r"'model\.bias' was changed"):
+        handle.result(20)
+    assert list(tmp_path.iterdir()) == []
+    # and the pipeline works on
+    device.eager = True
+    pipeline.save(state, Target(tmp_path / "b"), 0.0).result(20)
+    assert_same(tensors_of(state), tensors_of(asyncsave.load(tmp_path / "b")))
+    arena = pipeline._slots
+    assert arena is not None
+    assert arena.free == arena.count
+    pipeline.close()
+
+
+def test_a_change_after_the_copy_is_no_tear(tmp_path: Path) -> None:
+    device = FakeDevice()
+    device.eager = True
+    pipeline = make_pipeline(device)
+    model, _, state = simple_training()
+    before = [tensor.clone() for tensor in tensors_of(state)]
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    assert handle.wait_staged(20)
+    with torch.no_grad():
+        model.weight.zero_()
+    handle.result(20)
+    assert_same(before, tensors_of(asyncsave.load(tmp_path / "a")))
+    pipeline.close()
+
+
+def test_without_overlap_nothing_is_late(tmp_path: Path) -> None:
+    device = FakeDevice()
+    device.eager = True
+    pipeline = make_pipeline(device, overlap=False)
+    model, optimizer, state = simple_training()
+    before = [tensor.clone() for tensor in tensors_of(state)]
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    assert handle.wait_staged(0)
+    with torch.no_grad():
+        model.weight.zero_()
+    optimizer.step()
+    assert handle.result(20).fence_seconds == 0
+    assert_same(before, tensors_of(asyncsave.load(tmp_path / "a")))
+    pipeline.close()
+
+
+def test_buffers_and_raw_tensors_are_never_late(tmp_path: Path) -> None:
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    model = torch.nn.BatchNorm1d(4)
+    loose = torch.randn(4)
+    state = {"model": model, "loose": loose}
+    finisher = threading.Timer(0.05, device.finish)
+    finisher.start()
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)  # returns once those are copied
+    finisher.join()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(8, 4))  # changes the running statistics
+    loose.zero_()
+    handle.result(20)
+    loaded = asyncsave.load(tmp_path / "a")
+    assert_same(before, dict(loaded["model"]))
+    assert loaded["loose"].abs().sum() > 0
+    pipeline.close()
+
+
+def test_the_hook_is_gone_after_close() -> None:
+    import torch.optim.optimizer as module
+
+    hooks = module._global_optimizer_pre_hooks
+    count = len(hooks)
+    device = FakeDevice()
+    device.eager = True
+    pipeline = make_pipeline(device)
+    _, _, state = simple_training()
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        pipeline.save(state, Target(Path(directory) / "a"), 0.0).result(20)
+        assert len(hooks) == count + 1
+        pipeline.close()
+    assert len(hooks) == count
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("compression", ["off", 1])
+def test_cuda_training_is_saved_as_it_was(tmp_path: Path, overlap: bool, compression: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Linear(2048, 2048)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    data = torch.randn(64, 2048, device="cuda")
+    with asyncsave.Checkpointer(tmp_path, overlap=overlap, compression=compression) as ckpt:
+        for step in range(5):
+            model(data).square().mean().backward()
+            optimizer.step()
+            state = {"model": model, "optimizer": optimizer, "rng": asyncsave.RngState()}
+            before = [tensor.clone() for tensor in tensors_of(state)]
+            ckpt.save(step, state)
+            model(data).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            saved = tensors_of(ckpt.load(step=step))
+            assert_same([tensor.cpu() for tensor in before], saved)
+        assert ckpt.restore({"model": model, "optimizer": optimizer, "rng": asyncsave.RngState()}) == 4
+        assert_same(saved[: len(list(model.parameters()))], [p.cpu() for p in tensors_of(model)])
