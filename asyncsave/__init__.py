@@ -5,7 +5,7 @@ checkpoints.
 """
 
 from ._version import __version__
-from .checkpointer import Checkpointer, save
+from .checkpointer import Checkpointer
 from .codec.choose import Compression
 from .errors import (
     AsyncSaveError,
@@ -29,6 +29,7 @@ from .errors import (
 from .handle import SaveHandle
 from .report import SaveReport, Stats, VerifyReport
 from .restore import load, restore, verify
+from .single import save
 from .state.rng import RngState
 
 __all__ = [

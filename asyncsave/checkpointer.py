@@ -6,7 +6,6 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -15,12 +14,11 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from .budget import MemoryLimit, parse_limit
 from .codec.choose import CompressionSetting, parse_compression
 from .errors import (
     BusyError,
@@ -28,86 +26,23 @@ from .errors import (
     CheckpointNotFoundError,
     ClosedError,
     ConfigError,
-    LoadError,
-    write_error,
+    SaveError,
 )
 from .handle import SaveHandle
-from .pipeline import Pipeline, Target
+from .memory import MemoryLimit, parse_limit
+from .pipeline import Pipeline
 from .report import Stats
 from .restore import PathLike, load_from, restore_from
-from .storage.filesystem import FileSystem, LocalFileSystem, Lock
-from .storage.manifest import CHECKPOINT_FILE, MAX_CHECKPOINT_BYTES, decode_checkpoint, encode_plain
-from .storage.reader import read_all
-from .storage.retention import KeepBest, Policy, list_steps, prune, step_path, sweep
+from .signals import StopSignals
+from .storage.filesystem import FileSystem, LocalFileSystem
+from .storage.manifest import encode_plain
+from .storage.reader import list_steps, step_path
+from .storage.retention import KeepBest, Policy, Retention, parse_metrics
+from .task import Target
 
 _log = logging.getLogger("asyncsave")
 
 OnBusy = Literal["wait", "skip", "error"]
-
-
-def save(
-    state: Any,
-    path: PathLike,
-    *,
-    compression: CompressionSetting = "auto",
-    memory_limit: MemoryLimit = "auto",
-    overwrite: bool = False,
-) -> SaveHandle:
-    """Save ``state`` as one checkpoint at ``path``, in the background.
-
-    On return the snapshot is taken, except that device tensors which only the optimizer changes may
-    still be being copied until the fence. The checkpoint exists, whole and durable, once the
-    handle's ``result()`` returns; before that there is nothing at ``path``, or what was there.
-
-    For a run of saves use `Checkpointer`, which keeps its memory and threads.
-
-    Args:
-        state: any nest of dicts, lists, tuples with tensors, arrays, plain values and objects that
-            have ``state_dict()``.
-        path: the directory to make; its parent is made if need be.
-        compression: "auto", "off", a level from 0 to 22, or a `Compression`.
-        memory_limit: most bytes to use beside the state, or "auto".
-        overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
-            durable.
-
-    Raises:
-        StateError, ConfigError, StagingError, CheckpointExistsError: at once.
-        SaveError, CommitError: from the handle.
-    """
-    began = time.perf_counter()
-    setting, limit = parse_compression(compression), parse_limit(memory_limit)
-    filesystem = LocalFileSystem()
-    target = Path(os.path.abspath(path))
-    _check_target(filesystem, target, overwrite=overwrite)
-    try:
-        filesystem.make_directories(target.parent)
-        sweep(filesystem, target.parent, target.name)
-    except OSError as cause:
-        raise write_error("create", target.parent, cause) from cause
-    pipeline = Pipeline(
-        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
-    )
-    try:
-        return pipeline.save(state, Target(target, replace=overwrite), began)
-    except BaseException:
-        pipeline.close()
-        raise
-
-
-def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:
-    if not filesystem.exists(target):
-        return
-    if filesystem.is_directory(target):
-        if not filesystem.list_directory(target):
-            return
-        if overwrite and filesystem.exists(target / CHECKPOINT_FILE):
-            return
-    hint = (
-        "it is not a checkpoint and will not be replaced; choose another path"
-        if overwrite
-        else "choose another path, or pass overwrite=True to replace a checkpoint"
-    )
-    raise CheckpointExistsError(f"{target} exists already: {hint}")
 
 
 class Checkpointer:
@@ -173,7 +108,7 @@ class Checkpointer:
     ) -> None:
         self._every_steps = _positive("every_steps", every_steps, int)
         self._every_seconds = _positive("every_seconds", every_seconds, int, float)
-        self._policy = Policy.parse(keep_last, keep_every, keep_best)
+        policy = Policy.parse(keep_last, keep_every, keep_best)
         setting, limit = parse_compression(compression), parse_limit(memory_limit)
         if on_busy not in ("wait", "skip", "error"):
             raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
@@ -185,16 +120,13 @@ class Checkpointer:
         self._pid = os.getpid()
         self._closed = False
         self._handles: list[SaveHandle] = []
-        self._metrics: dict[int, dict[str, float | None]] = {}
-        self._own: set[int] = set()  # steps that this Checkpointer saved
         self._restored: int | None = None
         self._last_save = time.monotonic()
-        self._signalled: int | None = None
         self._should_stop = False
-        self._previous: dict[int, Any] = {}
-        self._lock = self._own_directory()
+        self._retention = Retention(self._filesystem, self._directory, policy)
+        self._signals: StopSignals | None = None
         try:
-            self._install(signals)
+            self._signals = StopSignals(signals)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -203,9 +135,9 @@ class Checkpointer:
                 durable=durable,
             )
         except BaseException:
-            self._uninstall()
-            if self._lock is not None:
-                self._lock.release()
+            if self._signals is not None:
+                self._signals.close()
+            self._retention.close()
             raise
 
     def __enter__(self) -> Checkpointer:
@@ -255,7 +187,7 @@ class Checkpointer:
         """
         with self._mutex:
             self._check()
-            if self._signalled is not None and not self._should_stop:
+            if self._signals is not None and self._signals.arrived and not self._should_stop:
                 handle = self._save(step, state, metrics, metadata, on_busy="wait")
                 assert handle is not None
                 handle.result()
@@ -329,10 +261,10 @@ class Checkpointer:
             if self._closed or self._pid != os.getpid():
                 return
             self._closed = True
-            self._uninstall()
+            if self._signals is not None:
+                self._signals.close()
             self._pipeline.close()
-            if self._lock is not None:
-                self._lock.release()
+            self._retention.close()
             self._raise_unseen()
 
     # -- restoring ----------------------------------------------------------------------------
@@ -427,7 +359,7 @@ class Checkpointer:
         began = time.perf_counter()
         if type(step) is not int or not 0 <= step < 10**18:
             raise ConfigError(f"step={step!r} must be an int from 0 on")
-        numbers = _numbers(metrics or {})
+        numbers = parse_metrics(metrics or {})
         encode_plain(metadata, "metadata")
         current = self._pipeline.current
         if current is not None and not current.done():
@@ -447,10 +379,14 @@ class Checkpointer:
             self._may_replace(step),
             numbers,
             metadata,
-            lambda: self._prune(step, numbers),
+            lambda: self._retention.committed(step, numbers),
         )
         self._last_save = time.monotonic()
-        handle = self._pipeline.save(state, target, began)
+        try:
+            handle = self._pipeline.save(state, target, began)
+        except SaveError:
+            self._stats.failures += 1
+            raise
         self._handles.append(handle)
         handle.add_done_callback(self._count)
         return handle
@@ -465,7 +401,7 @@ class Checkpointer:
         """Whether there is a checkpoint of this step, of an attempt that was given up."""
         if not self._filesystem.exists(step_path(self._directory, step)):
             return False
-        if self._restored is not None and step > self._restored and step not in self._own:
+        if self._restored is not None and step > self._restored and step not in self._retention.own:
             _log.warning(
                 "replacing the checkpoint of step %d, later than step %d, which was restored",
                 step,
@@ -476,26 +412,6 @@ class Checkpointer:
             f"{self._directory} has a checkpoint of step {step} already; restore() first to go on "
             "from the newest one, or use another directory"
         )
-
-    def _prune(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Apply the policy, in the background, after ``step`` has become durable."""
-        self._own.add(step)
-        self._metrics[step] = metrics
-        if self._policy == Policy():
-            return
-        known = {each: self._metrics_of(each) for each in self.steps()}
-        prune(self._filesystem, self._directory, self._policy.doomed(known, step))
-
-    def _metrics_of(self, step: int) -> dict[str, float | None]:
-        if step not in self._metrics:
-            path = step_path(self._directory, step) / CHECKPOINT_FILE
-            try:
-                data = read_all(self._filesystem, path, MAX_CHECKPOINT_BYTES)
-                self._metrics[step] = decode_checkpoint(data, path).metrics
-            except LoadError as cause:
-                _log.warning("could not read the metrics of step %d: %s", step, cause)
-                self._metrics[step] = {}
-        return self._metrics[step]
 
     def _count(self, handle: SaveHandle) -> None:
         report = handle.peek()
@@ -536,74 +452,8 @@ class Checkpointer:
     def _pass_over(self, path: Path, why: str) -> None:
         self._stats.passed_over.append((path, why))
 
-    def _own_directory(self) -> Lock | None:
-        filesystem, directory = self._filesystem, self._directory
-        try:
-            filesystem.make_directories(directory)
-            lock = filesystem.lock(directory)
-        except BlockingIOError as cause:
-            raise BusyError(
-                f"another Checkpointer, here or in another process, uses {directory}; close it, "
-                "or use another directory"
-            ) from cause
-        except OSError as cause:
-            raise write_error("use", directory, cause) from cause
-        if lock is None:
-            _log.warning("%s is on a filesystem without locks: nothing is swept there", directory)
-            return None
-        try:
-            sweep(filesystem, directory)
-        except OSError as cause:
-            lock.release()
-            raise write_error("read", directory, cause) from cause
-        return lock
-
-    # -- signals ------------------------------------------------------------------------------
-
-    def _install(self, signals: Iterable[int]) -> None:
-        wanted = list(signals)
-        if wanted and threading.current_thread() is not threading.main_thread():
-            _log.warning(
-                "signals are not handled: this Checkpointer is not made in the main thread"
-            )
-            return
-        for number in wanted:
-            try:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            except (OSError, ValueError, TypeError) as cause:
-                raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only a flag: anything more could interrupt, and then wait for, the thread it runs in.
-        self._signalled = number
-        previous = self._previous.get(number)
-        if callable(previous) and self._pid == os.getpid():
-            previous(number, frame)
-
-    def _uninstall(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number, previous in self._previous.items():
-            if signal.getsignal(number) == self._on_signal:
-                with contextlib.suppress(OSError, ValueError):
-                    signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous.clear()
-
 
 def _positive(name: str, value: Any, *types: type) -> Any:
     if value is not None and (type(value) not in types or not value > 0 or math.isinf(value)):
         raise ConfigError(f"{name}={value!r} must be a positive {types[-1].__name__}, or None")
     return value
-
-
-def _numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    numbers: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as cause:
-            raise ConfigError(
-                f"the metric {name!r} is {value!r:.80}, which is not a number"
-            ) from cause
-        numbers[str(name)] = number if math.isfinite(number) else None
-    return numbers

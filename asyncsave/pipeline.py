@@ -9,7 +9,7 @@ What bounds it: a chunk is somewhere only if it has a slot or a frame, and there
 as the budget allows. Queues between the stages are no longer than that. One save is at work at a
 time.
 
-Failure: the first error ends a save. `_Save.failed` stops the stager and the encoders; once both
+Failure: the first error ends a save. `Save.failed` stops the stager and the encoders; once both
 are still, every slot and frame the save had is returned and its draft is removed. So the next save
 finds the pipeline as if the failed one had never been.
 """
@@ -21,133 +21,35 @@ import contextlib
 import datetime
 import logging
 import platform
-import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ._version import __version__
-from .budget import CHUNK_BYTES, Budget, MemoryLimit, divide, encoder_threads
-from .codec.choose import AUTO_LEVEL, Chooser, Compression
-from .codec.frame import Encoder, coding_for
+from .codec.choose import Chooser, Compression
+from .codec.frame import coding_for
 from .errors import AsyncSaveError, SaveError
 from .handle import SaveHandle, closed, finish_at_exit
+from .memory import Memory, MemoryLimit, encoder_threads
 from .report import SaveReport
-from .snapshot.arena import Arena, Slot
+from .snapshot.arena import Slot
 from .snapshot.fence import CudaTransport, Fence, LateCopies, Transport
 from .snapshot.snapshotter import Snapshotter, Staged
-from .state.plan import Chunk, Plan, Planner
+from .state.plan import Plan, Planner
 from .state.tree import Flat, flatten
 from .storage.commit import Draft, begin, commit, discard
 from .storage.filesystem import FileSystem
-from .storage.manifest import (
-    FORMAT,
-    CheckpointRecord,
-    ChunkRecord,
-    FileRecord,
-    RankFileRecord,
-    RankRecord,
-    data_file,
-    digest,
-    encode_checkpoint,
-    encode_rank,
-    rank_file,
-    tensor_records,
-)
-from .storage.writer import DataWriter, padded
+from .storage.manifest import ChunkRecord, digest, encode_manifests, tensor_records
+from .storage.writer import DataWriter
+from .task import Frame, Save, Target
 from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
 _T = TypeVar("_T")
 _IO_THREADS = 2  # one writes; the other waits for device events, or for the stager
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a save is to become.
-
-    Attributes:
-        path: the checkpoint's directory.
-        step: the training step, or None.
-        replace: a checkpoint that is there already is replaced.
-        metrics: numbers by which retention may judge it.
-        metadata: what the user wants to find in ``checkpoint.json``.
-        then: called in the background once the checkpoint is durable, for retention.
-    """
-
-    path: Path
-    step: int | None = None
-    replace: bool = False
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    metadata: object = None
-    then: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """An encoded chunk: the first ``length`` bytes of ``slot``, which is of ``arena``."""
-
-    chunk: Chunk
-    arena: Arena
-    slot: Slot
-    length: int
-    coding: str
-    parts: tuple[int, ...]
-    digest: str
-    raw_digest: str
-
-    def pages(self) -> memoryview:
-        """Return its bytes, filled up with zeros to whole pages."""
-        end = padded(self.length)
-        self.slot.array[self.length : end] = 0
-        return self.slot.array[:end].data
-
-
-class _Save:
-    """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
-
-    def __init__(self, target: Target, flat: Flat, plan: Plan, handle: SaveHandle, began: float):
-        self.target = target
-        self.tree = flat.tree
-        self.names = flat.names
-        self.plan = plan
-        self.handle = handle
-        self.began = began
-        self.late: LateCopies | None = None
-        self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()
-        self.failed = threading.Event()
-        self.staging_over = threading.Event()
-        self.staging_error: BaseException | None = None
-        self.blocked_seconds = 0.0
-        self.staged_seconds = 0.0
-        self.chunks: dict[int, ChunkRecord] = {}
-        self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], tuple[Arena, Slot]] = {}
-
-    def hold(self, arena: Arena, slot: Slot | None) -> Slot | None:
-        if slot is not None:
-            with self._lock:
-                self._held[id(arena), slot.index] = arena, slot
-        return slot
-
-    def release(self, arena: Arena, slot: Slot) -> None:
-        with self._lock:
-            del self._held[id(arena), slot.index]
-        arena.release(slot)
-
-    def release_all(self) -> None:
-        with self._lock:
-            held = list(self._held.values())
-        for arena, slot in held:
-            self.release(arena, slot)
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
 
 
 class Pipeline:
@@ -176,17 +78,12 @@ class Pipeline:
         self._filesystem = filesystem
         self._compression = compression
         self._byte_planes = compression is None or compression.byte_planes
-        self._limit = memory_limit
+        self._memory = Memory(memory_limit, compression)
         self._durable = durable
         self._once = once
         self._planner = Planner()
         self._snapshotter = Snapshotter(transport, overlap=overlap)
         self._fence = Fence()
-        self._budget: Budget | None = None
-        self._fitted: tuple[tuple[int, ...], bool] | None = None
-        self._slots: Arena | None = None
-        self._frames: Arena | None = None
-        self._encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
         self._chooser = Chooser(compression, encoder_threads())
         self._current: SaveHandle | None = None
         self._closed = False
@@ -204,14 +101,6 @@ class Pipeline:
         """The save that was begun last."""
         return self._current
 
-    @property
-    def memory_bytes(self) -> int:
-        """What the pipeline holds now: slots and frames that were ever used, and encoders."""
-        arenas = sum(arena.nbytes for arena in (self._slots, self._frames) if arena is not None)
-        budget = self._budget
-        encoders = budget.encoders * budget.encoder_bytes if budget and budget.frames else 0
-        return arenas + encoders
-
     def save(self, state: Any, target: Target, began: float) -> SaveHandle:
         """Stage ``state`` and let the rest happen in the background. No other save is in flight.
 
@@ -225,7 +114,7 @@ class Pipeline:
         flat = flatten(state)
         plan = self._fit(flat)
         handle = SaveHandle(target.step, target.path)
-        save = _Save(target, flat, plan, handle, began)
+        save = Save(target, flat, plan, handle, began)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
         self._chooser.begin_save()
@@ -246,13 +135,8 @@ class Pipeline:
     def prewarm(self, state: Any) -> None:
         """Take (and pin) the memory that saving ``state`` will need, without saving it."""
         self._fit(flatten(state))
-        for arena in (self._slots, self._frames):
-            if arena is not None:
-                arena.touch()
-
-    def wait_fence(self) -> None:
-        """Make the compute streams wait for copies that are under way."""
-        self._fence.wait()
+        for arena in self._memory.arenas:
+            arena.touch()
 
     def close(self) -> None:
         """Finish the save in flight, end all threads, give all memory back. Idempotent."""
@@ -272,49 +156,25 @@ class Pipeline:
         self._fence.close()
         self._encode.shutdown()
         self._io.shutdown()
-        self._drop_memory()
+        self._memory.close()
+        self._snapshotter.forget()
         closed(self)
 
     def _fit(self, flat: Flat) -> Plan:
-        """Plan, and make arenas and encoders fit the plan; those there are stay if they do."""
+        """Plan a state, and make memory fit the plan."""
         late = self._snapshotter.late(flat)
-        pin = self._snapshotter.on_device(flat)
-        chunk_bytes = self._budget.chunk_bytes if self._budget else CHUNK_BYTES
+        chunk_bytes = self._memory.chunk_bytes
         plan = self._planner.plan(flat, chunk_bytes, late)
-        if (plan.groups, pin) == self._fitted:
-            return plan
-        budget = divide(self._limit, plan.groups, self._compression, self.memory_bytes)
-        if budget.chunk_bytes != chunk_bytes:
-            plan = self._planner.plan(flat, budget.chunk_bytes, late)
-        if self._fitted is None or pin != self._fitted[1] or not self._serves(budget):
-            self._drop_memory()
-            self._slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
-            if budget.frames:
-                self._frames = Arena(budget.slot_bytes, budget.frames)
-                level = AUTO_LEVEL if self._compression is None else self._compression.level
-                for _ in range(budget.encoders):
-                    self._encoders.put(Encoder(level, budget.slot_bytes, self._byte_planes))
-            self._budget = budget
-        self._fitted = plan.groups, pin
+        if self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat)):
+            self._snapshotter.forget()
+        if self._memory.chunk_bytes != chunk_bytes:
+            plan = self._planner.plan(flat, self._memory.chunk_bytes, late)
+            self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat))
         return plan
 
-    def _serves(self, budget: Budget) -> bool:
-        return self._budget is not None and budget.fits_in(self._budget)
-
-    def _drop_memory(self) -> None:
-        for arena in (self._slots, self._frames):
-            if arena is not None:
-                arena.close()
-        self._slots = self._frames = self._budget = None
-        self._fitted = None
-        self._snapshotter.forget()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._encoders.get_nowait()
-
-    def _stage(self, flat: Flat, save: _Save) -> None:
+    def _stage(self, flat: Flat, save: Save) -> None:
         """Copy all chunks into slots, in waves if there are fewer slots than chunks."""
-        slots = self._slots
+        slots = self._memory.slots
         assert slots is not None
         ready: list[Staged | None] = []
         unfinished = []
@@ -339,7 +199,7 @@ class Pipeline:
             self._note_staged(save)
         self._feed(save, ready)
 
-    def _feed(self, save: _Save, items: list[Staged | None]) -> None:
+    def _feed(self, save: Save, items: list[Staged | None]) -> None:
         def put() -> None:
             for item in items:
                 save.queue.put_nowait(item)
@@ -354,7 +214,7 @@ class Pipeline:
         finally:
             self._loop.close()
 
-    async def _run(self, save: _Save) -> None:
+    async def _run(self, save: Save) -> None:
         report: SaveReport | None = None
         error: BaseException | None = None
         try:
@@ -375,12 +235,12 @@ class Pipeline:
         if self._once:
             self._loop.stop()
 
-    async def _write(self, save: _Save) -> SaveReport:
+    async def _write(self, save: Save) -> SaveReport:
         """Take a save from its first staged chunk to its commit, or undo it."""
         draft = None
         writer: DataWriter | None = None
         encoding: asyncio.Task[None] | None = None
-        futures: asyncio.Queue[asyncio.Future[_Frame] | None] = asyncio.Queue()
+        futures: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue()
         try:
             draft = await self._call(begin, self._filesystem, save.target.path)
             writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
@@ -415,7 +275,7 @@ class Pipeline:
         return report
 
     async def _encode_all(
-        self, save: _Save, futures: asyncio.Queue[asyncio.Future[_Frame] | None]
+        self, save: Save, futures: asyncio.Queue[asyncio.Future[Frame] | None]
     ) -> None:
         """Hand staged chunks to the encoders as they come, and their results on in that order."""
         while (staged := await save.queue.get()) is not None:
@@ -439,11 +299,12 @@ class Pipeline:
         if save.late is not None:
             self._note_staged(save)
 
-    def _frame_for(self, save: _Save) -> Slot | None:
-        assert self._frames is not None
-        return save.hold(self._frames, self._frames.acquire(give_up=save.failed.is_set))
+    def _frame_for(self, save: Save) -> Slot | None:
+        frames = self._memory.frames
+        assert frames is not None
+        return save.hold(frames, frames.acquire(give_up=save.failed.is_set))
 
-    async def _append(self, save: _Save, frame: _Frame, writer: DataWriter) -> None:
+    async def _append(self, save: Save, frame: Frame, writer: DataWriter) -> None:
         begun, pages = writer.write_seconds, frame.pages()
         offset = await writer.append(pages)
         save.release(frame.arena, frame.slot)
@@ -458,15 +319,14 @@ class Pipeline:
             raw_xxh3_128=frame.raw_digest,
         )
 
-    def _fail(self, save: _Save) -> None:
+    def _fail(self, save: Save) -> None:
         """Stop whoever works for this save."""
         save.failed.set()
-        for arena in (self._slots, self._frames):
-            if arena is not None:
-                arena.wake()
+        for arena in self._memory.arenas:
+            arena.wake()
 
     async def _settle(
-        self, save: _Save, futures: asyncio.Queue[asyncio.Future[_Frame] | None]
+        self, save: Save, futures: asyncio.Queue[asyncio.Future[Frame] | None]
     ) -> None:
         """Wait until nobody touches the slots of a failed save any more, and return them."""
         await self._call(save.staging_over.wait)
@@ -487,41 +347,27 @@ class Pipeline:
     async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
         return await self._loop.run_in_executor(self._io, function, *args)
 
-    def _note_staged(self, save: _Save) -> None:
+    def _note_staged(self, save: Save) -> None:
         save.staged_seconds = save.elapsed()
         save.handle.set_staged()
 
-    def _commit(self, save: _Save, draft: Draft, data_bytes: int) -> int:
+    def _commit(self, save: Save, draft: Draft, data_bytes: int) -> int:
         """Write the manifests and commit; return the length of all files."""
-        rank_bytes = encode_rank(
-            RankRecord(
-                format=FORMAT,
-                rank=0,
-                files=[FileRecord(name=data_file(0), length=data_bytes)],
-                chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
-                tensors=tensor_records(save.names, save.plan),
-                tree=save.tree,
-            )
-        )
-        checkpoint_bytes = encode_checkpoint(
-            CheckpointRecord(
-                format=FORMAT,
-                step=save.target.step,
-                world_size=1,
-                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-                versions={
-                    "asyncsave": __version__,
-                    "torch": str(torch.__version__),
-                    "python": platform.python_version(),
-                },
-                metrics=save.target.metrics,
-                metadata=save.target.metadata,
-                ranks=[
-                    RankFileRecord(
-                        file=rank_file(0), length=len(rank_bytes), xxh3_128=digest(rank_bytes)
-                    )
-                ],
-            )
+        target = save.target
+        rank_bytes, checkpoint_bytes = encode_manifests(
+            tree=save.tree,
+            tensors=tensor_records(save.names, save.plan),
+            chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
+            data_bytes=data_bytes,
+            step=target.step,
+            metrics=target.metrics,
+            metadata=target.metadata,
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            versions={
+                "asyncsave": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
         )
         commit(
             self._filesystem,
@@ -533,7 +379,7 @@ class Pipeline:
         )
         return data_bytes + len(rank_bytes) + len(checkpoint_bytes)
 
-    def _report(self, save: _Save, stored_bytes: int) -> SaveReport:
+    def _report(self, save: Save, stored_bytes: int) -> SaveReport:
         durable_seconds = save.elapsed()
         return SaveReport(
             step=save.target.step,
@@ -544,7 +390,7 @@ class Pipeline:
             durable_seconds=durable_seconds,
             raw_bytes=save.plan.nbytes,
             stored_bytes=stored_bytes,
-            peak_memory_bytes=self.memory_bytes,
+            peak_memory_bytes=self._memory.nbytes,
             chunks=len(save.chunks),
             encoded_chunks=sum(chunk.coding != "raw" for chunk in save.chunks.values()),
             tensors=len(save.names),
@@ -552,9 +398,14 @@ class Pipeline:
 
     # -- encoder threads ----------------------------------------------------------------------
 
-    def _encode_one(self, save: _Save, staged: Staged, room: Slot | None) -> _Frame:
+    def _encode_one(self, save: Save, staged: Staged, room: Slot | None) -> Frame:
         """Make the frame of one chunk: encoded into ``room``, or as it is, in its slot."""
-        chunk, slot, slots, frames = staged.chunk, staged.slot, self._slots, self._frames
+        chunk, slot, slots, frames = (
+            staged.chunk,
+            staged.slot,
+            self._memory.slots,
+            self._memory.frames,
+        )
         assert slots is not None
         raw = slot.array[: chunk.nbytes]
         raw_digest = digest(raw.data)
@@ -562,16 +413,16 @@ class Pipeline:
             assert frames is not None
             coding = coding_for(chunk.dtype, self._byte_planes)
             begun = time.perf_counter()
-            encoder = self._encoders.get()
+            encoder = self._memory.encoders.get()
             try:
                 coding, parts = encoder.encode(raw, coding, room.array)
             finally:
-                self._encoders.put(encoder)
+                self._memory.encoders.put(encoder)
             length = sum(parts)
             self._chooser.encoded(raw.size, length, time.perf_counter() - begun)
             if coding != "raw":
                 save.release(slots, slot)
-                return _Frame(
+                return Frame(
                     chunk,
                     frames,
                     room,
@@ -582,4 +433,4 @@ class Pipeline:
                     raw_digest,
                 )
             save.release(frames, room)
-        return _Frame(chunk, slots, slot, raw.size, "raw", (raw.size,), raw_digest, raw_digest)
+        return Frame(chunk, slots, slot, raw.size, "raw", (raw.size,), raw_digest, raw_digest)

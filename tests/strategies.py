@@ -27,6 +27,11 @@ DTYPES = sorted(
 )
 
 
+NUMPY_DTYPES = (
+    "? i1 u1 <i2 >i2 <u4 <i8 >i8 <f2 <f4 >f4 <f8 <c8 <c16 <U3 S5 <M8[s] <m8[ns]".split()  # noqa: SIM905
+)
+
+
 def from_bits(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """Return a tensor with exactly these bytes."""
     tensor = torch.empty(0, dtype=dtype)
@@ -66,13 +71,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     """A NumPy array of any dtype that can be saved."""
-    dtype = np.dtype(
-        draw(
-            st.sampled_from(
-                "?,i1,u1,<i2,>i2,<u4,<i8,>i8,<f2,<f4,>f4,<f8,<c8,<c16,<U3,S5,<M8[s],<m8[ns]".split(",")
-            )
-        )
-    )
+    dtype = np.dtype(draw(st.sampled_from(NUMPY_DTYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     count = int(np.prod(shape, dtype=np.int64))
     raw = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).bytes(count * dtype.itemsize)

@@ -24,7 +24,9 @@ def bits(tensor: torch.Tensor) -> bytes:
     if not flat.is_contiguous():
         width = flat.element_size()
         if width < 16:
-            flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+            flat = flat.view(
+                {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+            )
         flat = flat.contiguous()
     raw = torch.empty(0, dtype=torch.uint8)
     raw.set_(

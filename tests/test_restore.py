@@ -164,7 +164,11 @@ MISMATCHES: dict[str, tuple[Any, Any, str]] = {
     "kind": ({"a": torch.ones(2)}, {"a": np.ones(2)}, "saved as torch"),
     "tensor for a number": ({"a": torch.ones(2)}, {"a": 3}, "has a tensor, the state a int"),
     "number for a tensor": ({"a": 3}, {"a": torch.ones(2)}, "has a tensor, the checkpoint a plain"),
-    "dict for a list": ({"a": {}}, {"a": [torch.ones(1)]}, "state has a list, the checkpoint a dict"),
+    "dict for a list": (
+        {"a": {}},
+        {"a": [torch.ones(1)]},
+        "state has a list, the checkpoint a dict",
+    ),
     "length": ({"a": [torch.ones(1)]}, {"a": [torch.ones(1)] * 2}, "saved with 1 items"),
     "expanded": ({"a": torch.ones(3)}, {"a": torch.ones(1).expand(3)}, "share memory"),
     "not fillable": ({"a": 1}, {"a": object()}, "the state a object"),
@@ -178,7 +182,11 @@ MISMATCHES: dict[str, tuple[Any, Any, str]] = {
         {"m": torch.nn.Linear(2, 2)},
         r"m\.bias: missing",
     ),
-    "module of nothing": ({"m": torch.nn.Linear(2, 2)}, {"m": torch.nn.ReLU()}, "m.weight: unexpect"),
+    "module of nothing": (
+        {"m": torch.nn.Linear(2, 2)},
+        {"m": torch.nn.ReLU()},
+        "m.weight: unexpect",
+    ),
     "groups": (
         {"o": torch.optim.SGD([torch.zeros(1), torch.zeros(1)])},
         {"o": torch.optim.SGD([torch.zeros(1)])},
@@ -368,7 +376,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     for use in (asyncsave.load, asyncsave.verify, lambda path: asyncsave.restore(path, {})):
         with pytest.raises(asyncsave.CheckpointNotFoundError, match="nothing there"):
             use(tmp_path / "nowhere")
-        with pytest.raises(asyncsave.CheckpointNotFoundError, match="no checkpoint.json"):
+        with pytest.raises(asyncsave.CheckpointNotFoundError, match=r"no checkpoint\.json"):
             use(tmp_path)
     with asyncsave.Checkpointer(tmp_path, durable=False) as ckpt:
         ckpt.save(5, {})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from .support import assert_same
 
 
 @pytest.fixture(scope="module", params=["off", 1, 6], ids=lambda level: f"level {level}")
-def saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function that saves and loads, with one Checkpointer, whose memory is reused."""
     directory = tmp_path_factory.mktemp("run")
     steps = itertools.count()
@@ -34,7 +34,7 @@ def saver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 ckpt.save(next(steps), state, block=True)
             return ckpt.load()
 
-    yield roundtrip
+    return roundtrip
 
 
 def overlaps(state: Any) -> list[tuple[int, int, int]]:
@@ -80,7 +80,7 @@ def test_complex32(saver: Any) -> None:
 
 
 def test_sub_byte_dtypes(saver: Any) -> None:
-    names = [n for n in vars(torch) if n.startswith("bits") and isinstance(getattr(torch, n), torch.dtype)]
+    names = ["bits1x8", "bits2x4", "bits4x2", "bits8", "bits16"]
     state = {n: from_bits(bytes(range(32)), getattr(torch, n), (4,)) for n in names}
     assert state
     assert_same(state, saver(state))
@@ -189,5 +189,51 @@ def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
 def test_a_container_that_holds_itself(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
-    with pytest.raises(asyncsave.StateError, match="holds? itself"):
+    with pytest.raises(asyncsave.StateError, match="itself"):
         asyncsave.save({"loop": loop}, tmp_path / "a")
+
+
+class Odd(NamedTuple):
+    a: Any
+
+
+def test_keys_of_all_kinds(saver: Any) -> None:
+    keys = [0, -1, 2.5, None, True, b"b", "s", "\ud800", (1, ("x", None)), Odd(1), 10**5000]
+    state = {"d": {key: torch.ones(i + 1) for i, key in enumerate(keys)}}
+    loaded = saver(state)
+    assert [torch.numel(value) for value in loaded["d"].values()] == list(range(1, len(keys) + 1))
+    assert list(loaded["d"])[:-2] == [key for key in keys if not isinstance(key, Odd)][:-1]
+    assert list(loaded["d"])[-1] == 10**5000
+
+
+def test_tensors_in_a_state_dicts_metadata(saver: Any) -> None:
+    state = torch.nn.Linear(2, 2).state_dict()
+    state._metadata = {"": {"version": 1}, "more": torch.ones(3)}  # type: ignore[attr-defined]
+    loaded = saver(state)
+    assert torch.equal(loaded._metadata["more"], torch.ones(3))
+    assert loaded._metadata[""] == {"version": 1}
+
+
+class Nest:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    def state_dict(self) -> Any:
+        return Nest(self.depth - 1) if self.depth else {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.str_(""),
+        np.bytes_(b"ab\0"),
+        collections.namedtuple("Renamed", ["class", "x"], rename=True)(1, 2),
+        collections.namedtuple("Wide", [f"f{i}" for i in range(300)])(*range(300)),
+        {(torch.nn.Linear(1, 1),): 1},
+        Nest(200),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(asyncsave.StateError):
+        asyncsave.save({"outer": value}, tmp_path / "a")

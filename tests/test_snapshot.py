@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import asyncsave
-from asyncsave.pipeline import Pipeline, Target
+from asyncsave.pipeline import Pipeline
 from asyncsave.snapshot.arena import Arena
 from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.task import Target
 
 from .support import GatedFileSystem, assert_same
 
@@ -78,17 +79,17 @@ def test_the_second_save_allocates_no_slot(tmp_path: Path) -> None:
     pipeline = make_pipeline(compression=asyncsave.Compression(1))
     state = training_state()
     pipeline.save(state, Target(tmp_path / "1"), 0.0).result()
-    arena, used = pipeline._slots, pipeline.memory_bytes
+    arena, used = pipeline._memory.slots, pipeline._memory.nbytes
     assert arena is not None
     allocated, pointers = arena.allocated, [s and s.tensor.data_ptr() for s in arena._slots]
     pipeline.save(state, Target(tmp_path / "2"), 0.0).result()
-    assert pipeline._slots is arena
+    assert pipeline._memory.slots is arena
     assert arena.allocated == allocated
     assert [s and s.tensor.data_ptr() for s in arena._slots] == pointers
     assert arena.free == arena.count
-    budget = pipeline._budget
+    budget = pipeline._memory.budget
     assert budget is not None
-    assert used <= pipeline.memory_bytes <= budget.total_bytes
+    assert used <= pipeline._memory.nbytes <= budget.total_bytes
     pipeline.close()
 
 
@@ -137,7 +138,8 @@ with asyncsave.Checkpointer(sys.argv[3] + "/run", memory_limit=limit, compressio
         assert report.peak_memory_bytes <= limit, report
 done.set(); thread.join()
 loaded = asyncsave.load(sys.argv[3] + "/run")
-assert all(torch.equal(loaded[name].view(torch.int32), state[name].view(torch.int32)) for name in state)
+for name in state:
+    assert torch.equal(loaded[name].view(torch.int32), state[name].view(torch.int32))
 print(peak)
 """
 
@@ -260,7 +262,7 @@ def test_a_change_before_the_fence_fails_by_name(tmp_path: Path) -> None:
     device.eager = True
     pipeline.save(state, Target(tmp_path / "b"), 0.0).result(20)
     assert_same(tensors_of(state), tensors_of(asyncsave.load(tmp_path / "b")))
-    arena = pipeline._slots
+    arena = pipeline._memory.slots
     assert arena is not None
     assert arena.free == arena.count
     pipeline.close()
@@ -355,5 +357,7 @@ def test_cuda_training_is_saved_as_it_was(tmp_path: Path, overlap: bool, compres
             optimizer.zero_grad()
             saved = tensors_of(ckpt.load(step=step))
             assert_same([tensor.cpu() for tensor in before], saved)
-        assert ckpt.restore({"model": model, "optimizer": optimizer, "rng": asyncsave.RngState()}) == 4
+        assert (
+            ckpt.restore({"model": model, "optimizer": optimizer, "rng": asyncsave.RngState()}) == 4
+        )
         assert_same(saved[: len(list(model.parameters()))], [p.cpu() for p in tensors_of(model)])

@@ -19,21 +19,23 @@ import xxhash
 
 from ..codec.planes import plane_lengths
 from ..errors import FormatError, IntegrityError, StateError, UnsupportedVersionError
-from ..state.plan import Plan
-from ..state.tree import (
+from ..state.nodes import (
+    CONTAINERS,
     MAX_DEPTH,
     DictNode,
     ListNode,
     NamedTupleNode,
     Node,
-    NumpyNode,
     ObjectNode,
     OrderedDictNode,
     TensorNode,
     TupleNode,
+    is_key,
     numpy_dtype,
-    numpy_scalar,
+    plain,
 )
+from ..state.plan import Plan
+from ..state.tree import IMPOSSIBLE, named_tuple
 
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
@@ -141,7 +143,8 @@ def tensor_records(names: Sequence[str], plan: Plan) -> list[TensorRecord]:
     """Return the records of a plan's leaves, each whole and in one shard."""
     return [
         TensorRecord(
-            name=name,
+            # a name is for people: what UTF-8 cannot say is escaped
+            name=name.encode("utf-8", "backslashreplace").decode(),
             dtype=place.dtype,
             shape=list(place.shape),
             shards=[
@@ -204,6 +207,39 @@ def encode_checkpoint(record: CheckpointRecord) -> bytes:
     if len(rest) > MAX_CHECKPOINT_BYTES - _DIGEST_END:
         raise StateError(f"metadata and metrics take {len(rest)} bytes; keep them under 16 MiB")
     return _PREFIX + digest(rest).encode() + rest
+
+
+def encode_manifests(
+    *,
+    tree: Node,
+    tensors: list[TensorRecord],
+    chunks: list[ChunkRecord],
+    data_bytes: int,
+    step: int | None,
+    metrics: dict[str, float | None],
+    metadata: object,
+    time: str,
+    versions: dict[str, str],
+) -> tuple[bytes, bytes]:
+    """Return the bytes of ``rank-00000.json`` and ``checkpoint.json`` of a save by one process."""
+    files = [FileRecord(name=data_file(0), length=data_bytes)]
+    rank_bytes = encode_rank(
+        RankRecord(format=FORMAT, rank=0, files=files, chunks=chunks, tensors=tensors, tree=tree)
+    )
+    rank = RankFileRecord(file=rank_file(0), length=len(rank_bytes), xxh3_128=digest(rank_bytes))
+    checkpoint_bytes = encode_checkpoint(
+        CheckpointRecord(
+            format=FORMAT,
+            step=step,
+            world_size=1,
+            time=time,
+            versions=versions,
+            metrics=metrics,
+            metadata=metadata,
+            ranks=[rank],
+        )
+    )
+    return rank_bytes, checkpoint_bytes
 
 
 def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
@@ -301,6 +337,7 @@ def _validate_chunks(record: RankRecord, path: object) -> None:
             (part > 0 or plane == 0) and part <= plane
             for part, plane in zip(chunk.parts, planes, strict=True)
         )
+        fits = fits and (chunk.coding != "raw" or chunk.parts == [chunk.raw_length])
         _require(fits and sum(chunk.parts) == chunk.length, path, f"parts of chunk {i}")
         digests = _HEX.fullmatch(chunk.xxh3_128) and _HEX.fullmatch(chunk.raw_xxh3_128)
         _require(digests is not None, path, f"checksum of chunk {i}")
@@ -325,9 +362,14 @@ def item_bytes(tensor: TensorRecord) -> int:
         return _ITEM_BYTES[tensor.dtype]
     if tensor.kind == "bytes" and tensor.dtype == "uint8":
         return 1
+    if tensor.kind == "torch" and tensor.dtype.isidentifier():
+        raise UnsupportedVersionError(
+            f"{tensor.name!r:.80} has dtype {tensor.dtype:.40}, which this torch does not know: "
+            "install a newer one"
+        )
     raise FormatError(
         f"{tensor.name!r:.80} has kind {tensor.kind!r:.20} and dtype {tensor.dtype!r:.40}, "
-        "which this version of torch does not know"
+        "which do not go together"
     )
 
 
@@ -359,23 +401,36 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
     _require(shard.start >= 0 and shard.start + extent_bytes(tensor) <= total, path, what)
     if tensor.kind == "bytes":
         _require(len(tensor.shape) == 1, path, what)
+    if tensor.requires_grad or tensor.parameter:
+        _require(tensor.kind == "torch", path, what)
+    if tensor.requires_grad:
+        dtype: torch.dtype = getattr(torch, tensor.dtype)
+        _require(dtype.is_floating_point or dtype.is_complex, path, what)
 
 
 def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
     _require(depth <= 2 * MAX_DEPTH, path, "depth of the tree")
     if isinstance(node, TensorNode):
         _require(0 <= node.i < tensors, path, "number of a tensor in the tree")
-    elif isinstance(node, NumpyNode):
-        numpy_scalar(node)
-    elif isinstance(node, NamedTupleNode):
-        _require(len(node.fields) == len(node.items), path, "NamedTuple in the tree")
+        return
+    try:
+        if isinstance(node, NamedTupleNode):
+            _require(len(node.fields) == len(node.items), path, "NamedTuple in the tree")
+            named_tuple(node.name, tuple(node.fields))
+        elif not isinstance(node, CONTAINERS):
+            plain(node)
+    except FormatError:
+        raise
+    except IMPOSSIBLE as cause:
+        raise FormatError(f"{path} has an impossible value in its tree: {cause}") from cause
     for child in _children(node, path):
         _validate_tree(child, tensors, path, depth + 1)
 
 
 def _children(node: Node, path: object) -> Iterator[Node]:
     if isinstance(node, (DictNode, OrderedDictNode)):
-        _require(len(node.keys) == len(node.values), path, "dict in the tree")
+        fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
+        _require(fits, path, "dict in the tree")
         yield from node.keys
         yield from node.values
         if isinstance(node, OrderedDictNode):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,12 @@ from .manifest import (
     decode_rank,
     digest,
 )
-from .retention import list_steps, step_path
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+STEP = re.compile(r"step-([0-9]{9,18})")
+"""The names of checkpoints in a run directory."""
 
 
 class Run:
@@ -116,15 +120,10 @@ class Checkpoint:
             CheckpointNotFoundError: there is none.
             FormatError, UnsupportedVersionError, IntegrityError: there is one, but it is not sound.
         """
-        first = path / CHECKPOINT_FILE
-        if not filesystem.exists(first):
-            raise CheckpointNotFoundError(
-                f"there is no checkpoint at {path}: it has no {CHECKPOINT_FILE}"
-            )
-        record = decode_checkpoint(read_all(filesystem, first, MAX_CHECKPOINT_BYTES), first)
+        record = read_record(filesystem, path)
         entry = record.ranks[0]
         second = path / entry.file
-        rank = decode_rank(read_all(filesystem, second, MAX_RANK_BYTES), entry, second)
+        rank = decode_rank(_read_all(filesystem, second, MAX_RANK_BYTES), entry, second)
         files: list[ReadableFile] = []
         try:
             for file in rank.files:
@@ -324,13 +323,21 @@ def _open(filesystem: FileSystem, path: Path) -> ReadableFile:
         raise IntegrityError(f"{path} cannot be opened: {cause}", path=path, offset=0) from cause
 
 
-def read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
-    """Return the content of a manifest.
+def read_record(filesystem: FileSystem, path: Path) -> CheckpointRecord:
+    """Return the ``checkpoint.json`` of the checkpoint at ``path``, validated.
 
     Raises:
-        FormatError: it is longer than ``limit`` bytes.
-        IntegrityError: it is missing, or cannot be read.
+        CheckpointNotFoundError, FormatError, UnsupportedVersionError, IntegrityError.
     """
+    file = path / CHECKPOINT_FILE
+    if not filesystem.exists(file):
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint at {path}: it has no {CHECKPOINT_FILE}"
+        )
+    return decode_checkpoint(_read_all(filesystem, file, MAX_CHECKPOINT_BYTES), file)
+
+
+def _read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
     file = _open(filesystem, path)
     try:
         if file.nbytes > limit:
@@ -342,6 +349,27 @@ def read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
     finally:
         file.close()
     return bytes(buffer[:count])
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` is, or would be."""
+    return directory / f"step-{step:09d}"
+
+
+def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
+    """Return the steps of all committed checkpoints, ascending; [] where there is no directory."""
+    try:
+        names = filesystem.list_directory(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = []
+    for name in names:
+        match = STEP.fullmatch(name)
+        if not match or step_path(directory, int(match[1])).name != name:
+            continue
+        if filesystem.is_directory(directory / name):
+            steps.append(int(match[1]))
+    return sorted(steps)
 
 
 def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:

@@ -11,34 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import BusyError, ConfigError, LoadError, write_error
 from .commit import hidden_name
 from .filesystem import FileSystem
+from .reader import STEP, list_steps, read_record, step_path
 
 _log = logging.getLogger("asyncsave")
-_STEP = re.compile(r"step-([0-9]{9,18})")
 _LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{16}")
-
-
-def step_path(directory: Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` is, or would be."""
-    return directory / f"step-{step:09d}"
-
-
-def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
-    """Return the steps of all committed checkpoints, ascending; [] where there is no directory."""
-    try:
-        names = filesystem.list_directory(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    steps = []
-    for name in names:
-        match = _STEP.fullmatch(name)
-        if not match or step_path(directory, int(match[1])).name != name:
-            continue
-        if filesystem.is_directory(directory / name):
-            steps.append(int(match[1]))
-    return sorted(steps)
 
 
 KeepBest = str | tuple[str, Literal["min", "max"]] | tuple[str, Literal["min", "max"], int]
@@ -143,7 +122,7 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
     removed = []
     for entry in filesystem.list_directory(directory):
         match = _LEFTOVER.fullmatch(entry)
-        if not match or (match[1] != name if name else not _STEP.fullmatch(match[1])):
+        if not match or (match[1] != name if name else not STEP.fullmatch(match[1])):
             continue
         path = directory / entry
         if not filesystem.is_directory(path):
@@ -167,3 +146,80 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
             with contextlib.suppress(OSError):
                 lock.release()
     return removed
+
+
+class Retention:
+    """One run directory: locked and swept from the making of this object until `close`.
+
+    The pipeline's threads call `committed`, the training thread all else.
+
+    Attributes:
+        own: the steps that were committed through this object.
+
+    Raises:
+        BusyError: somebody else holds the directory.
+        WriteError: it cannot be made or used.
+    """
+
+    def __init__(self, filesystem: FileSystem, directory: Path, policy: Policy) -> None:
+        self._filesystem = filesystem
+        self._directory = directory
+        self._policy = policy
+        self._metrics: dict[int, Mapping[str, float | None]] = {}
+        self.own: set[int] = set()
+        try:
+            filesystem.make_directories(directory)
+            self._lock = filesystem.lock(directory)
+        except BlockingIOError as cause:
+            raise BusyError(
+                f"another Checkpointer, here or in another process, uses {directory}; close it, "
+                "or use another directory"
+            ) from cause
+        except OSError as cause:
+            raise write_error("use", directory, cause) from cause
+        if self._lock is None:
+            _log.warning("%s is on a filesystem without locks: nothing is swept there", directory)
+            return
+        try:
+            sweep(filesystem, directory)
+        except OSError as cause:
+            self._lock.release()
+            raise write_error("read", directory, cause) from cause
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def committed(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Prune what the policy does not keep, now that ``step`` is durable."""
+        self.own.add(step)
+        self._metrics[step] = metrics
+        if self._policy != Policy():
+            steps = list_steps(self._filesystem, self._directory)
+            known = {each: self._metrics_of(each) for each in steps}
+            prune(self._filesystem, self._directory, self._policy.doomed(known, step))
+
+    def _metrics_of(self, step: int) -> Mapping[str, float | None]:
+        if step not in self._metrics:
+            try:
+                path = step_path(self._directory, step)
+                self._metrics[step] = read_record(self._filesystem, path).metrics
+            except LoadError as cause:
+                _log.warning("could not read the metrics of step %d: %s", step, cause)
+                self._metrics[step] = {}
+        return self._metrics[step]
+
+
+def parse_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics as they are stored: floats, and None for what is not finite."""
+    numbers: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as cause:
+            raise ConfigError(
+                f"the metric {name!r} is {value!r:.80}, which is not a number"
+            ) from cause
+        numbers[str(name)] = number if math.isfinite(number) else None
+    return numbers

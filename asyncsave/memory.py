@@ -1,9 +1,15 @@
-"""Budget: how a memory limit is divided among slots, frames and encoders."""
+"""Memory: how a limit is divided among slots, frames and encoders, and what holds them.
+
+Who calls what: the training thread fits and closes, when no save is in flight; the arenas and the
+queue of encoders are for everybody.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +17,7 @@ from typing import Literal
 from .codec.choose import AUTO_LEVEL, Compression
 from .codec.frame import Encoder
 from .errors import ConfigError
-from .snapshot.arena import available_memory
+from .snapshot.arena import Arena, available_memory
 from .storage.writer import padded
 
 MemoryLimit = int | Literal["auto"]
@@ -23,7 +29,7 @@ MIN_CHUNK_BYTES = 64 << 10
 _MIN_SLOTS = 2
 _GOOD_SLOTS = 8  # with fewer, staging waits for single chunks; smaller chunks serve better
 _AROUND_BYTES = 3 << 20
-"""Kept free for what encoding takes from the heap around what is counted: measured, up to 2.7 MiB."""
+"""Kept free for what encoding takes from the heap beside what is counted: measured, 2.7 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +143,80 @@ def _wanted(
     encoder_bytes = Encoder(level, slot_bytes, byte_planes).memory_bytes
     # a frame is encoded into by each encoder, one is being written, one waits
     return Budget(chunk_bytes, slot_bytes, slots, encoders + 2, encoders, encoder_bytes)
+
+
+class Memory:
+    """Slots, frames and encoders for states of one kind, kept until a state needs others.
+
+    Attributes:
+        budget: how the limit is divided; None before the first `fit`.
+        slots: where chunks are staged.
+        frames: where they are encoded; None where nothing is.
+        encoders: those that are not at work.
+    """
+
+    def __init__(self, limit: MemoryLimit, compression: Compression | None) -> None:
+        self._limit = limit
+        self._compression = compression
+        self._fitted: tuple[tuple[int, ...], bool] | None = None
+        self.budget: Budget | None = None
+        self.slots: Arena | None = None
+        self.frames: Arena | None = None
+        self.encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Longest chunk that states should be planned with."""
+        return self.budget.chunk_bytes if self.budget else CHUNK_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Slots and frames that were ever used, and encoders, in bytes."""
+        arenas = sum(arena.nbytes for arena in self.arenas)
+        budget = self.budget
+        return arenas + (budget.encoders * budget.encoder_bytes if budget and budget.frames else 0)
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """Those there are."""
+        return [arena for arena in (self.slots, self.frames) if arena is not None]
+
+    def fit(self, groups: tuple[int, ...], *, pin: bool) -> bool:
+        """Make all fit a plan with these groups; what is there stays, if it does.
+
+        Returns:
+            Whether slots were replaced. If `chunk_bytes` changed, the state must be planned anew.
+
+        Raises:
+            ConfigError: the limit is too small for this state.
+        """
+        if (groups, pin) == self._fitted:
+            return False
+        budget = divide(self._limit, groups, self._compression, self.nbytes)
+        replace = (
+            self._fitted is None
+            or self._fitted[1] != pin
+            or self.budget is None
+            or not budget.fits_in(self.budget)
+        )
+        if replace:
+            self.close()
+            self.budget = budget
+            self.slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
+            if budget.frames:
+                self.frames = Arena(budget.slot_bytes, budget.frames)
+                setting = self._compression or Compression(AUTO_LEVEL)
+                for _ in range(budget.encoders):
+                    encoder = Encoder(setting.level, budget.slot_bytes, setting.byte_planes)
+                    self.encoders.put(encoder)
+        self._fitted = groups, pin
+        return replace
+
+    def close(self) -> None:
+        """Give everything back to the system."""
+        for arena in self.arenas:
+            arena.close()
+        self.slots = self.frames = self.budget = self._fitted = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.encoders.get_nowait()

@@ -1,0 +1,84 @@
+"""Single: one checkpoint, without a run around it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from .codec.choose import CompressionSetting, parse_compression
+from .errors import CheckpointExistsError, write_error
+from .handle import SaveHandle
+from .memory import MemoryLimit, parse_limit
+from .pipeline import Pipeline
+from .restore import PathLike
+from .storage.filesystem import FileSystem, LocalFileSystem
+from .storage.manifest import CHECKPOINT_FILE
+from .storage.retention import sweep
+from .task import Target
+
+
+def save(
+    state: Any,
+    path: PathLike,
+    *,
+    compression: CompressionSetting = "auto",
+    memory_limit: MemoryLimit = "auto",
+    overwrite: bool = False,
+) -> SaveHandle:
+    """Save ``state`` as one checkpoint at ``path``, in the background.
+
+    On return the snapshot is taken, except that device tensors which only the optimizer changes may
+    still be being copied until the fence. The checkpoint exists, whole and durable, once the
+    handle's ``result()`` returns; before that there is nothing at ``path``, or what was there.
+
+    For a run of saves use `Checkpointer`, which keeps its memory and threads.
+
+    Args:
+        state: any nest of dicts, lists, tuples with tensors, arrays, plain values and objects that
+            have ``state_dict()``.
+        path: the directory to make; its parent is made if need be.
+        compression: "auto", "off", a level from 0 to 22, or a `Compression`.
+        memory_limit: most bytes to use beside the state, or "auto".
+        overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
+            durable.
+
+    Raises:
+        StateError, ConfigError, StagingError, CheckpointExistsError: at once.
+        SaveError, CommitError: from the handle.
+    """
+    began = time.perf_counter()
+    setting, limit = parse_compression(compression), parse_limit(memory_limit)
+    filesystem = LocalFileSystem()
+    target = Path(os.path.abspath(path))
+    _check_target(filesystem, target, overwrite=overwrite)
+    try:
+        filesystem.make_directories(target.parent)
+        sweep(filesystem, target.parent, target.name)
+    except OSError as cause:
+        raise write_error("create", target.parent, cause) from cause
+    pipeline = Pipeline(
+        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
+    )
+    try:
+        return pipeline.save(state, Target(target, replace=overwrite), began)
+    except BaseException:
+        pipeline.close()
+        raise
+
+
+def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:
+    if not filesystem.exists(target):
+        return
+    if filesystem.is_directory(target):
+        if not filesystem.list_directory(target):
+            return
+        if overwrite and filesystem.exists(target / CHECKPOINT_FILE):
+            return
+    hint = (
+        "it is not a checkpoint and will not be replaced; choose another path"
+        if overwrite
+        else "choose another path, or pass overwrite=True to replace a checkpoint"
+    )
+    raise CheckpointExistsError(f"{target} exists already: {hint}")

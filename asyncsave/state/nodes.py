@@ -1,0 +1,296 @@
+"""Nodes: the records that a state tree is written as, which are a manifest's ``tree``.
+
+FORMAT.md is their specification. Containers are nodes of nodes; values with bulk are left out and
+numbered (`TensorNode`); everything else is in its record, exact. Also here: what a record's value
+is, and the names (fqns) of what is in a tree. Pure: no threads, no files, no clock.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, Union
+
+import msgspec
+import numpy as np
+import torch
+
+from ..errors import FormatError, UnsupportedVersionError
+
+MAX_DEPTH = 64
+"""Containers nested deeper than this are taken for a cycle, and refused on load too."""
+
+_HEX_INT = re.compile("-?[0-9a-f]+")
+
+
+class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):
+    pass
+
+
+class TensorNode(_Node, frozen=True, tag="tensor"):
+    """A leaf with bulk; ``i`` numbers it in the manifest's ``tensors``."""
+
+    i: int
+
+
+class DictNode(_Node, frozen=True, tag="dict"):
+    keys: list[Node]
+    values: list[Node]
+
+
+class OrderedDictNode(_Node, frozen=True, tag="odict"):
+    """``metadata`` is the ``_metadata`` that ``Module.state_dict`` hangs on its result."""
+
+    keys: list[Node]
+    values: list[Node]
+    metadata: Node = None
+
+
+class ListNode(_Node, frozen=True, tag="list"):
+    items: list[Node]
+
+
+class TupleNode(_Node, frozen=True, tag="tuple"):
+    items: list[Node]
+
+
+class NamedTupleNode(_Node, frozen=True, tag="namedtuple"):
+    name: str
+    fields: list[str]
+    items: list[Node]
+
+
+class ObjectNode(_Node, frozen=True, tag="object"):
+    """An object with ``state_dict()``: the name of its type, for people, and what it returned."""
+
+    type: str
+    state: Node
+
+
+class IntNode(_Node, frozen=True, tag="int"):
+    """An integer beyond ±2⁵³, as hexadecimal text with an optional leading minus."""
+
+    hex: str
+
+
+class FloatNode(_Node, frozen=True, tag="float"):
+    """inf or nan, as the 16 hexadecimal digits of its IEEE 754 bits, most significant first."""
+
+    hex: str
+
+
+class ComplexNode(_Node, frozen=True, tag="complex"):
+    """Real then imaginary part, each as in FloatNode: 32 digits."""
+
+    hex: str
+
+
+class BytesNode(_Node, frozen=True, tag="bytes"):
+    data: bytes
+
+
+class StrNode(_Node, frozen=True, tag="str"):
+    """Text with lone surrogates, which JSON cannot hold: UTF-8 with ``surrogatepass``."""
+
+    data: bytes
+
+
+class SizeNode(_Node, frozen=True, tag="size"):
+    dims: list[int]
+
+
+class DtypeNode(_Node, frozen=True, tag="dtype"):
+    name: str
+
+
+class DeviceNode(_Node, frozen=True, tag="device"):
+    name: str
+
+
+class NumpyNode(_Node, frozen=True, tag="numpy"):
+    """A NumPy scalar: ``dtype.str`` and its bytes."""
+
+    dtype: str
+    data: bytes
+
+
+Node = Union[  # noqa: UP007 - a forward reference, resolved by msgspec
+    None,
+    bool,
+    int,
+    float,
+    str,
+    TensorNode,
+    DictNode,
+    OrderedDictNode,
+    ListNode,
+    TupleNode,
+    NamedTupleNode,
+    ObjectNode,
+    IntNode,
+    FloatNode,
+    ComplexNode,
+    BytesNode,
+    StrNode,
+    SizeNode,
+    DtypeNode,
+    DeviceNode,
+    NumpyNode,
+]
+
+
+def plain(node: Node) -> Any:
+    """Return the value of a record that is neither a container nor bulk."""
+    match node:
+        case IntNode():
+            if not _HEX_INT.fullmatch(node.hex):
+                raise FormatError(f"the checkpoint has the integer {node.hex!r:.40}")
+            return int(node.hex, 16)
+        case FloatNode():
+            return struct.unpack(">d", bytes.fromhex(node.hex))[0]
+        case ComplexNode():
+            return complex(*struct.unpack(">dd", bytes.fromhex(node.hex)))
+        case BytesNode():
+            return node.data
+        case StrNode():
+            return node.data.decode("utf-8", "surrogatepass")
+        case SizeNode():
+            return torch.Size(node.dims)
+        case DtypeNode():
+            dtype = getattr(torch, node.name, None)
+            if not isinstance(dtype, torch.dtype):
+                raise UnsupportedVersionError(
+                    f"the checkpoint names the dtype {node.name!r:.40}, which this torch does not "
+                    "know: install a newer one"
+                )
+            return dtype
+        case DeviceNode():
+            return torch.device(node.name)
+        case NumpyNode():
+            return numpy_scalar(node)
+        case _:
+            return node
+
+
+def numpy_scalar(node: NumpyNode) -> np.generic:
+    """Return the scalar of a NumpyNode whose dtype `numpy_dtype` accepts."""
+    dtype = numpy_dtype(node.dtype)
+    if dtype.itemsize != len(node.data):
+        raise FormatError(f"a NumPy scalar of dtype {node.dtype!r} has {len(node.data)} bytes")
+    return np.frombuffer(node.data, dtype=dtype)[0]  # type: ignore[no-any-return]
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the dtype that ``name`` (a ``dtype.str``) says, if it is one that can be saved."""
+    try:
+        dtype = np.dtype(name) if len(name) <= 32 else None
+    except (TypeError, ValueError, SyntaxError):
+        dtype = None
+    if dtype is not None and dtype.kind in "mM" and np.datetime_data(dtype)[1] < 1:
+        dtype = None
+    if dtype is None or dtype.kind not in "?biufcSUMm" or dtype.str != name or not dtype.itemsize:
+        raise FormatError(
+            f"the checkpoint names the NumPy dtype {name!r:.40}, which is not allowed"
+        )
+    return dtype
+
+
+CONTAINERS = (
+    DictNode,
+    OrderedDictNode,
+    ListNode,
+    TupleNode,
+    NamedTupleNode,
+    ObjectNode,
+)
+
+
+def children(node: Node) -> Iterator[tuple[str, Node]]:
+    """Yield the name and record of what a container holds; nothing for a leaf."""
+    if isinstance(node, (DictNode, OrderedDictNode)):
+        for key, value in zip(node.keys, node.values, strict=True):
+            yield key_name(key), value
+    elif isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
+        for i, item in enumerate(node.items):
+            yield str(i), item
+
+
+def is_key(node: Node) -> bool:
+    """Whether a record can be a dict key: a plain value, or a tuple of such."""
+    if isinstance(node, (TupleNode, NamedTupleNode)):
+        return all(is_key(item) for item in node.items)
+    return not isinstance(node, (*CONTAINERS, TensorNode))
+
+
+def key_name(key: Node) -> str:
+    """Return the part of an fqn that a dict key makes."""
+    if isinstance(key, TupleNode):
+        return f"({', '.join(key_name(item) for item in key.items)})"
+    if isinstance(key, NamedTupleNode):
+        return f"{key.name}({', '.join(key_name(item) for item in key.items)})"
+    if isinstance(key, IntNode):
+        return key.hex  # a decimal of any length would take quadratic time
+    return str(plain(key))
+
+
+def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
+    """Return ``tree`` without what ``keys`` does not name, and the keys that named nothing.
+
+    A key is a glob (``*`` also matches dots) for a leaf or for a container, which then stays
+    whole. In dicts the other entries go; in lists and tuples they become None, so that positions
+    stay as they were.
+    """
+    patterns = [keys] if isinstance(keys, str) else list(keys)
+    used: set[str] = set()
+
+    def wanted(name: str) -> bool:
+        hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
+        used.update(hits)
+        return bool(hits)
+
+    def walk(node: Node, name: str) -> tuple[bool, Node]:
+        if name and wanted(name):
+            if len(used) < len(patterns):  # a key for something inside is no mistake
+                for inner_name in _names(node, name):
+                    wanted(inner_name)
+            return True, node
+        if isinstance(node, ObjectNode):
+            kept, inner = walk(node.state, name)
+            return kept, msgspec.structs.replace(node, state=inner) if kept else None
+        if not isinstance(node, CONTAINERS):
+            return False, None
+        prefix = f"{name}." if name else ""
+        results = [walk(value, prefix + key) for key, value in children(node)]
+        if not any(kept for kept, _ in results):
+            return False, None
+        if isinstance(node, (DictNode, OrderedDictNode)):
+            pairs = [
+                (key, value) for key, (kept, value) in zip(node.keys, results, strict=True) if kept
+            ]
+            return True, msgspec.structs.replace(
+                node, keys=[key for key, _ in pairs], values=[value for _, value in pairs]
+            )
+        return True, msgspec.structs.replace(node, items=[value for _, value in results])
+
+    _, pruned = walk(tree, "")
+    return pruned, [pattern for pattern in patterns if pattern not in used]
+
+
+def _names(node: Node, name: str) -> Iterator[str]:
+    if isinstance(node, ObjectNode):
+        yield from _names(node.state, name)
+    for key, child in children(node):
+        yield f"{name}.{key}"
+        yield from _names(child, f"{name}.{key}")
+
+
+def bulk_indices(tree: Node) -> list[int]:
+    """Return the numbers of all leaves with bulk in ``tree``, in order."""
+    if isinstance(tree, TensorNode):
+        return [tree.i]
+    if isinstance(tree, ObjectNode):
+        return bulk_indices(tree.state)
+    hidden = bulk_indices(tree.metadata) if isinstance(tree, OrderedDictNode) else []
+    return hidden + [i for _, child in children(tree) for i in bulk_indices(child)]

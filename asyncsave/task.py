@@ -1,0 +1,106 @@
+"""Task: one save in flight. What it is to become, what it holds, how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .handle import SaveHandle
+from .snapshot.arena import Arena, Slot
+from .snapshot.fence import LateCopies
+from .snapshot.snapshotter import Staged
+from .state.plan import Chunk, Plan
+from .state.tree import Flat
+from .storage.manifest import ChunkRecord
+from .storage.writer import padded
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a save is to become.
+
+    Attributes:
+        path: the checkpoint's directory.
+        step: the training step, or None.
+        replace: a checkpoint that is there already is replaced.
+        metrics: numbers by which retention may judge it.
+        metadata: what the user wants to find in ``checkpoint.json``.
+        then: called in the background once the checkpoint is durable, for retention.
+    """
+
+    path: Path
+    step: int | None = None
+    replace: bool = False
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    metadata: object = None
+    then: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An encoded chunk: the first ``length`` bytes of ``slot``, which is of ``arena``."""
+
+    chunk: Chunk
+    arena: Arena
+    slot: Slot
+    length: int
+    coding: str
+    parts: tuple[int, ...]
+    digest: str
+    raw_digest: str
+
+    def pages(self) -> memoryview:
+        """Return its bytes, filled up with zeros to whole pages."""
+        end = padded(self.length)
+        self.slot.array[self.length : end] = 0
+        return self.slot.array[:end].data
+
+
+class Save:
+    """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
+
+    def __init__(self, target: Target, flat: Flat, plan: Plan, handle: SaveHandle, began: float):
+        self.target = target
+        self.tree = flat.tree
+        self.names = flat.names
+        self.plan = plan
+        self.handle = handle
+        self.began = began
+        self.late: LateCopies | None = None
+        self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()
+        self.failed = threading.Event()
+        self.staging_over = threading.Event()
+        self.staging_error: BaseException | None = None
+        self.blocked_seconds = 0.0
+        self.staged_seconds = 0.0
+        self.chunks: dict[int, ChunkRecord] = {}
+        self._lock = threading.Lock()
+        self._held: dict[tuple[int, int], tuple[Arena, Slot]] = {}
+
+    def hold(self, arena: Arena, slot: Slot | None) -> Slot | None:
+        """Note that the save has a slot now."""
+        if slot is not None:
+            with self._lock:
+                self._held[id(arena), slot.index] = arena, slot
+        return slot
+
+    def release(self, arena: Arena, slot: Slot) -> None:
+        """Return a slot."""
+        with self._lock:
+            del self._held[id(arena), slot.index]
+        arena.release(slot)
+
+    def release_all(self) -> None:
+        """Return whatever the save still has."""
+        with self._lock:
+            held = list(self._held.values())
+        for arena, slot in held:
+            self.release(arena, slot)
+
+    def elapsed(self) -> float:
+        """Return the seconds since the save was called for."""
+        return time.perf_counter() - self.began
