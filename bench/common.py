@@ -1,0 +1,147 @@
+"""What benchmarks share: the machine in words, medians with their spread, peak memory, JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+import asyncsave
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median and the range it is from."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Summarize at least one value."""
+        found = list(values)
+        return cls(statistics.median(found), min(found), max(found))
+
+    def show(self, digits: int = 2, scale: float = 1.0) -> str:
+        """Return the median, and under it the range, in rich's markup."""
+        median, low, high = (f"{x / scale:.{digits}f}" for x in (self.median, self.min, self.max))
+        return f"{median}\n[dim]{low} … {high}[/dim]"
+
+
+class PeakMemory:
+    """Samples this process's resident memory in a thread, from entering to leaving.
+
+    Attributes:
+        before: bytes on entering.
+        peak: most bytes of any sample.
+    """
+
+    def __init__(self, every_seconds: float = 0.02) -> None:
+        self._every_seconds = every_seconds
+        self._process = psutil.Process()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+        self.before = self.peak = 0
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = self.now()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.peak = max(self.peak, self.now())
+
+    def now(self) -> int:
+        """Return the resident bytes."""
+        return int(self._process.memory_info().rss)
+
+    def _sample(self) -> None:
+        while not self._over.wait(self._every_seconds):
+            self.peak = max(self.peak, self.now())
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Return the CPU's model, usable cores, memory and, for "cuda", the GPU's name."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+
+
+def filesystem(path: Path) -> str:
+    """Return the type of the filesystem ``path`` is on."""
+    parents = {str(parent) for parent in (path.resolve(), *path.resolve().parents)}
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint in parents]
+    if not mounts:
+        return "unknown"
+    longest = max(len(mount.mountpoint) for mount in mounts)
+    return [mount.fstype for mount in mounts if len(mount.mountpoint) == longest][-1]
+
+
+def provenance(device: str, directory: Path) -> dict[str, Any]:
+    """Return what a reader needs to know about where figures are from."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": ["python", *sys.argv],
+        "commit": _commit(),
+        "versions": {
+            "asyncsave": asyncsave.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}",
+        },
+        "hardware": hardware(device),
+        "filesystem": filesystem(directory),
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write ``results``; the folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def _commit() -> str | None:
+    """Return the commit of this repository, "+changes" if files differ from it; None outside."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return f"{head}+changes" if _git("status", "--porcelain", "-uno") else head
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
