@@ -29,7 +29,7 @@ class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):
     pass
 
 
-class TensorNode(_Node, frozen=True, tag="tensor"):
+class TensorNode(_Node, frozen=True, gc=False, tag="tensor"):
     """A leaf with bulk; ``i`` numbers it in the manifest's ``tensors``."""
 
     i: int
