@@ -260,11 +260,11 @@ class Checkpointer:
         with self._mutex:
             if self._closed or self._pid != os.getpid():
                 return
-            self._closed = True
             if self._signals is not None:
                 self._signals.close()
             self._pipeline.close()
             self._retention.close()
+            self._closed = True
             self._raise_unseen()
 
     # -- restoring ----------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class SaveHandle:
         def call(_: Future[SaveReport]) -> None:
             try:
                 callback(self)
-            except Exception:
+            except BaseException:  # SystemExit, too, would end the event loop
                 _log.exception("a done callback of %r raised", self)
 
         self._future.add_done_callback(call)

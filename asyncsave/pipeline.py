@@ -31,7 +31,7 @@ import torch
 from ._version import __version__
 from .codec.choose import Chooser, Compression
 from .codec.frame import coding_for
-from .errors import AsyncSaveError, SaveError
+from .errors import AsyncSaveError, CommitError, SaveError, StagingError
 from .handle import SaveHandle, closed, finish_at_exit
 from .memory import Memory, MemoryLimit, encoder_threads
 from .report import SaveReport
@@ -147,7 +147,8 @@ class Pipeline:
             if self._once:
                 self._thread.join()  # it closes the rest by itself
                 return
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # closed by a close() that was interrupted
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._close_rest()
 
@@ -193,8 +194,11 @@ class Pipeline:
                 unfinished.append(staged.event)
         if save.late is not None:
             self._fence.add(save.late)
-        for event in unfinished:
-            event.synchronize()
+        try:
+            for event in unfinished:
+                event.synchronize()
+        except RuntimeError as cause:
+            raise StagingError(f"a copy from the device failed: {cause}") from cause
         if save.late is None:
             self._note_staged(save)
         self._feed(save, ready)
@@ -255,7 +259,7 @@ class Pipeline:
                 self._chooser.wrote(0, writer.write_seconds - before)
             await writer.close()
             stored = await self._call(self._commit, save, draft, writer.nbytes)
-        except BaseException:
+        except BaseException as error:
             self._fail(save)
             if encoding is not None:
                 await asyncio.wait([encoding])
@@ -264,7 +268,7 @@ class Pipeline:
             if writer is not None:
                 with contextlib.suppress(AsyncSaveError):
                     await writer.close()
-            if draft is not None:
+            if draft is not None and not isinstance(error, CommitError):  # else it is in place
                 await self._call(discard, self._filesystem, draft)
             raise
         report = await self._call(self._report, save, stored)
@@ -340,6 +344,9 @@ class Pipeline:
             if staged is not None and staged.event is not None:
                 with contextlib.suppress(RuntimeError):
                     await self._call(staged.event.synchronize)
+        if self._snapshotter.transport is not None:
+            with contextlib.suppress(RuntimeError):
+                await self._call(self._snapshotter.transport.drain)
         if save.late is not None:
             save.late.drop()
         save.release_all()

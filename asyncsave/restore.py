@@ -169,7 +169,8 @@ def restore_from(
         if match.reasons:
             raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
         if match.fills:
-            checkpoint.check()  # all stored bytes, before the first one of the state is changed
+            # every byte, and what it decodes to, before the first one of the state is changed
+            checkpoint.check(decode=True)
         _apply(checkpoint, match)
         return checkpoint.record.step
 
@@ -230,13 +231,19 @@ def _apply(checkpoint: Checkpoint, match: Match) -> None:
     indices = sorted({i for node in nodes for i in bulk_indices(node)})
     bulk = read_new(checkpoint, indices, torch.device("cpu"))
     new_values = [(put, unflatten(node, bulk.__getitem__)) for put, node in match.values]
+    _synchronize(match)  # what is queued for these tensors must not come after the new values
     _load_objects(match, [unflatten(node, bulk.__getitem__) for _, _, node in match.objects])
     tensors = checkpoint.rank.tensors
     checkpoint.read([fill_run(tensors[i], into) for i, into in match.fills])
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    _synchronize(match)
     for put, value in new_values:
         put(value)
+
+
+def _synchronize(match: Match) -> None:
+    tensors = [into for _, into in match.fills if isinstance(into, torch.Tensor)]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _load_objects(match: Match, states: list[Any]) -> None:

@@ -163,3 +163,20 @@ def test_a_failed_copy_is_a_staging_error_at_once(
         ckpt.save(2, state_of(2), block=True)
         assert ckpt.steps() == [2]
         assert ckpt.stats.failures == 1
+
+
+def test_a_commit_of_unknown_outcome_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replacing: the names are swapped, then the directory cannot be synced. Both stay."""
+    fail = Failure(10**9, errno.EIO)
+    filesystem = FailingFileSystem(fail)
+    monkeypatch.setattr("asyncsave.single.LocalFileSystem", lambda: filesystem)
+    asyncsave.save({"x": 1}, tmp_path / "a").result()
+    fail.at = len(fail.operations) + 8
+    handle = asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True)
+    with pytest.raises(asyncsave.CommitError):
+        handle.result()
+    assert asyncsave.load(tmp_path / "a") == {"x": 2}
+    (old,) = tmp_path.glob(".a.*")
+    assert asyncsave.load(old) == {"x": 1}

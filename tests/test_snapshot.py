@@ -215,6 +215,9 @@ class FakeDevice:
                         destination.copy_(source)
                     done.set()
 
+    def drain(self) -> None:
+        self.finish()
+
     def wait(self, event: Any) -> FakeProbe:
         self.waits += 1
         self.finish()

@@ -107,7 +107,11 @@ class Arena:
                 index, _ = self._free.popitem()
             slot = self._slots[index]
             if slot is None:
-                slot = self._slots[index] = self._make(index)
+                try:
+                    slot = self._slots[index] = self._make(index)
+                except BaseException:
+                    self._free[index] = None
+                    raise
             return slot
 
     def release(self, slot: Slot) -> None:

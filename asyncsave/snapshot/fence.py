@@ -56,6 +56,9 @@ class Transport(Protocol):
     def wait(self, event: Event) -> Probe:
         """Make work queued from now on wait for ``event``."""
 
+    def drain(self) -> None:
+        """Wait for every copy that was started."""
+
 
 class CudaTransport:
     """One side stream per CUDA device, made when first used."""
@@ -76,7 +79,9 @@ class CudaTransport:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():
             for destination, source in pairs:
-                destination.copy_(source, non_blocking=True)
+                # resolved here: copy_ would conjugate the host's bytes before they have arrived
+                resolved = source.resolve_conj().resolve_neg()
+                destination.copy_(resolved, non_blocking=True)
             # blocking: the thread that waits sleeps instead of spinning on a core
             event = torch.cuda.Event(blocking=True)
             event.record(stream)
@@ -92,6 +97,10 @@ class CudaTransport:
         after.record(stream)
         return _CudaProbe(before, after)
 
+    def drain(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.synchronize()
+
 
 class _CudaEvent:
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
@@ -99,7 +108,8 @@ class _CudaEvent:
         self.device = device
 
     def synchronize(self) -> None:
-        self.event.synchronize()
+        with torch.cuda.device(self.device):  # or this thread would open a context on device 0
+            self.event.synchronize()
 
     def query(self) -> bool:
         return bool(self.event.query())

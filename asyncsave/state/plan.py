@@ -184,6 +184,7 @@ def _form(value: Bulk) -> Any:
         return (
             value.shape,
             value.dtype,
+            value.device,
             None if value.is_contiguous() else value.stride(),
             value.requires_grad,
             value.is_conj() or value.is_neg(),

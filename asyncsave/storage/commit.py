@@ -111,7 +111,11 @@ def _rename(filesystem: FileSystem, draft: Draft, *, replace: bool) -> Path | No
     # no atomic swap here: for a moment neither name is there, but both checkpoints are
     old = hidden_name(draft.target)
     filesystem.rename(draft.target, old)
-    filesystem.rename(draft.path, draft.target)
+    try:
+        filesystem.rename(draft.path, draft.target)
+    except BaseException:
+        filesystem.rename(old, draft.target)
+        raise
     return old
 
 

@@ -271,9 +271,12 @@ class _LocalLock:
         self._held.add(self)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()
 
     @classmethod
     def leave_to_parent(cls) -> None:
