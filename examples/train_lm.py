@@ -4,7 +4,7 @@ A Transformer of 10 million parameters learns Python, byte by byte, from the sta
 sources. `train` is the training script; the lines of it that say ``ckpt`` are asyncsave. The rest
 runs that script as a process of its own, three times, and checks what comes out:
 
-    python examples/train_lm.py                  the whole demo, some two minutes on two cores
+    python examples/train_lm.py                  the whole demo, a minute or two on two cores
     python examples/train_lm.py --quick          a tiny model, some ten seconds
     python examples/train_lm.py --train runs/lm  only train, with checkpoints in runs/lm
 """
@@ -49,7 +49,7 @@ class Job:
     every_steps: int
 
 
-FULL = Job(layers=6, width=384, context=128, batch=8, steps=96, every_steps=8)
+FULL = Job(layers=6, width=384, context=64, batch=4, steps=64, every_steps=8)
 QUICK = Job(layers=2, width=256, context=32, batch=4, steps=48, every_steps=4)
 
 
