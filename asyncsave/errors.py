@@ -169,6 +169,7 @@ def write_error(doing: str, path: Path, cause: OSError) -> WriteError:
             errno=cause.errno,
         )
     hint = {
+        _errno.ENOENT: "the directory is gone: was it moved or removed?",
         _errno.EACCES: "check who owns the directory and its permissions",
         _errno.EPERM: "check who owns the directory and its permissions",
         _errno.EROFS: "the filesystem is mounted read-only",

@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import (
-    FormatError,
-    LoadError,
-)
+from .errors import FormatError, LoadError
 from .snapshot.snapshotter import INTEGERS, byte_alias
-from .state.nodes import (
-    numpy_dtype,
-)
+from .state.nodes import numpy_dtype
 from .storage.manifest import TensorRecord, extent_bytes, item_bytes
 from .storage.reader import Bytes, Checkpoint, Run
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .state.nodes import (
+    CONTAINERS,
     DictNode,
     ListNode,
     NamedTupleNode,
@@ -82,14 +83,13 @@ class Match:
     def _is_plain_node(self, node: Node) -> bool:
         if isinstance(node, TensorNode):
             return self.checkpoint.rank.tensors[node.i].kind == "bytes"
-        return not _is_container(node)
+        return not isinstance(node, CONTAINERS)
 
     def _bulk(self, into: torch.Tensor | np.ndarray[Any, Any], node: Node, name: str) -> None:
         if not isinstance(node, TensorNode):
-            what = "array" if isinstance(into, np.ndarray) else "tensor"
+            what = "an array" if isinstance(into, np.ndarray) else "a tensor"
             self.reasons.append(
-                f"{show(name)}: the state has a{'n' * (what == 'array')} {what}, "
-                f"the checkpoint a {_kind(node)}"
+                f"{show(name)}: the state has {what}, the checkpoint a {_kind(node)}"
             )
             return
         record = self.checkpoint.rank.tensors[node.i]
@@ -220,10 +220,6 @@ def _setter(container: Any, key: Any) -> Callable[[Any], None]:
 def show(name: str) -> str:
     """Return an fqn as messages show it."""
     return name or "the state itself"
-
-
-def _is_container(node: Node) -> bool:
-    return isinstance(node, (DictNode, OrderedDictNode, ListNode, TupleNode, NamedTupleNode))
 
 
 def _kind(node: Node) -> str:

@@ -339,11 +339,6 @@ class Pipeline:
             if future is not None:
                 await asyncio.wait([future])
                 future.exception()  # the first error is reported; these follow from it
-        while not save.queue.empty():
-            staged = save.queue.get_nowait()
-            if staged is not None and staged.event is not None:
-                with contextlib.suppress(RuntimeError):
-                    await self._call(staged.event.synchronize)
         if self._snapshotter.transport is not None:
             with contextlib.suppress(RuntimeError):
                 await self._call(self._snapshotter.transport.drain)
@@ -407,12 +402,8 @@ class Pipeline:
 
     def _encode_one(self, save: Save, staged: Staged, room: Slot | None) -> Frame:
         """Make the frame of one chunk: encoded into ``room``, or as it is, in its slot."""
-        chunk, slot, slots, frames = (
-            staged.chunk,
-            staged.slot,
-            self._memory.slots,
-            self._memory.frames,
-        )
+        chunk, slot = staged.chunk, staged.slot
+        slots, frames = self._memory.slots, self._memory.frames
         assert slots is not None
         raw = slot.array[: chunk.nbytes]
         raw_digest = digest(raw.data)

@@ -110,6 +110,7 @@ def verify(path: PathLike) -> VerifyReport:
         try:
             with Checkpoint.open(filesystem, each) as checkpoint:
                 checkpoint.check(decode=True)
+                checkpoint.check_padding()
                 chunks += len(checkpoint.rank.chunks)
                 raw_bytes += sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
                 stored_bytes += checkpoint.stored_bytes

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -70,6 +71,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(job.width, 256, bias=False)
         self.head.weight = self.bytes.weight
         nn.init.normal_(self.bytes.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
         length = text.shape[1]
@@ -214,7 +216,7 @@ def run(
                         break
                 case "save":
                     seen.saves.append(values)
-    if kill_from is None and child.returncode != 0:
+    if child.returncode not in (0, -signal.SIGKILL if kill_from is not None else 0):
         raise SystemExit(f"{title}: the training ended with status {child.returncode}")
     return seen
 
@@ -276,7 +278,7 @@ def demo(job: Job, directory: Path, console: Console) -> int:
     whole = run(whole_path, job, "uninterrupted", console)
     for kill_from in range(job.steps // 2, job.steps, job.every_steps):
         killed = run(path, job, "to be killed", console, kill_from)
-        halves = [each.name for each in path.glob(".step-*")]
+        halves = [each.name for each in path.glob(f".step-{max(killed.steps):09d}.*")]
         if halves:
             break  # else the save was durable before the signal came: go on, and kill a later one
     else:

@@ -312,6 +312,16 @@ def test_damage_changes_nothing(tmp_path: Path, compression: Any) -> None:
         asyncsave.verify(tmp_path / "a")
 
 
+def test_padding_harms_no_value_and_verify_sees_it(tmp_path: Path) -> None:
+    put({"w": torch.ones(3)}, tmp_path / "a")
+    damage(tmp_path / "a" / "rank-00000.data", 4000)
+    into = {"w": torch.zeros(3)}
+    asyncsave.restore(tmp_path / "a", into)
+    assert torch.equal(into["w"], torch.ones(3))
+    with pytest.raises(asyncsave.IntegrityError, match="not zero between"):
+        asyncsave.verify(tmp_path / "a")
+
+
 @pytest.mark.parametrize("file", ["rank-00000.data", "rank-00000.json", "checkpoint.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "delete", "link", "pipe"])
 def test_the_newest_that_verifies_is_used(

@@ -217,6 +217,19 @@ def children(node: Node) -> Iterator[tuple[str, Node]]:
             yield str(i), item
 
 
+def parts(node: Node) -> Iterator[Node]:
+    """Yield every record directly inside another, keys and metadata included."""
+    if isinstance(node, (DictNode, OrderedDictNode)):
+        yield from node.keys
+        yield from node.values
+        if isinstance(node, OrderedDictNode):
+            yield node.metadata
+    elif isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
+        yield from node.items
+    elif isinstance(node, ObjectNode):
+        yield node.state
+
+
 def is_key(node: Node) -> bool:
     """Whether a record can be a dict key: a plain value, or a tuple of such."""
     if isinstance(node, (TupleNode, NamedTupleNode)):
@@ -290,7 +303,4 @@ def bulk_indices(tree: Node) -> list[int]:
     """Return the numbers of all leaves with bulk in ``tree``, in order."""
     if isinstance(tree, TensorNode):
         return [tree.i]
-    if isinstance(tree, ObjectNode):
-        return bulk_indices(tree.state)
-    hidden = bulk_indices(tree.metadata) if isinstance(tree, OrderedDictNode) else []
-    return hidden + [i for _, child in children(tree) for i in bulk_indices(child)]
+    return [i for part in parts(tree) for i in bulk_indices(part)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -23,15 +23,13 @@ from ..state.nodes import (
     CONTAINERS,
     MAX_DEPTH,
     DictNode,
-    ListNode,
     NamedTupleNode,
     Node,
-    ObjectNode,
     OrderedDictNode,
     TensorNode,
-    TupleNode,
     is_key,
     numpy_dtype,
+    parts,
     plain,
 )
 from ..state.plan import Plan
@@ -423,19 +421,8 @@ def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
         raise
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has an impossible value in its tree: {cause}") from cause
-    for child in _children(node, path):
-        _validate_tree(child, tensors, path, depth + 1)
-
-
-def _children(node: Node, path: object) -> Iterator[Node]:
     if isinstance(node, (DictNode, OrderedDictNode)):
         fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
         _require(fits, path, "dict in the tree")
-        yield from node.keys
-        yield from node.values
-        if isinstance(node, OrderedDictNode):
-            yield node.metadata
-    elif isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
-        yield from node.items
-    elif isinstance(node, ObjectNode):
-        yield node.state
+    for child in parts(node):
+        _validate_tree(child, tensors, path, depth + 1)

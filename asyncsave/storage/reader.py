@@ -192,8 +192,6 @@ class Checkpoint:
                 self._decode(i, frame, worker.raw[: chunk.raw_length], worker)
 
         self._each(range(len(self.rank.chunks)), one)
-        if decode:
-            self._check_padding()
 
     def _each(self, chunks: Any, job: Callable[[int, _Worker], None]) -> None:
         """Run ``job`` for each chunk in a few threads; the first error in order is raised."""
@@ -267,8 +265,12 @@ class Checkpoint:
         if digest(out.data) != chunk.raw_xxh3_128:
             raise self._damage(chunk, "decodes to bytes that do not have the checksum they should")
 
-    def _check_padding(self) -> None:
-        """Check that what lies between frames is zeros, the only bytes without a checksum."""
+    def check_padding(self) -> None:
+        """Check that what lies between frames is zeros, the only bytes without a checksum.
+
+        Raises:
+            IntegrityError: it is not; values are unharmed, so only `verify` asks.
+        """
         for number, file in enumerate(self._files):
             end = 0
             chunks = [chunk for chunk in self.rank.chunks if chunk.file == number]
