@@ -6,24 +6,26 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
+from .cadence import Cadence
 from .codec.choose import CompressionSetting, parse_compression
 from .errors import (
     BusyError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
     ClosedError,
     ConfigError,
     SaveError,
@@ -36,7 +38,7 @@ from .restore import PathLike, load_from, restore_from
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import encode_plain
-from .storage.reader import list_steps, step_path
+from .storage.reader import step_path
 from .storage.retention import KeepBest, Policy, Retention, parse_metrics
 from .task import Target
 
@@ -61,7 +63,9 @@ class Checkpointer:
 
     The directory belongs to one Checkpointer at a time. Methods may be called from any thread; each
     call that touches saves first raises the error of a background save that failed and was not yet
-    seen.
+    seen. Only a done callback must not call them: it would wait for itself, and gets a BusyError.
+    Close it, or use it in a ``with`` statement: one that is merely dropped finishes its save, frees
+    its threads and its directory, and warns (ResourceWarning).
 
     Args:
         directory: where checkpoints go, made if need be. What a killed run left half-written is
@@ -106,8 +110,7 @@ class Checkpointer:
         signals: Iterable[int] = (signal.SIGTERM,),
         durable: bool = True,
     ) -> None:
-        self._every_steps = _positive("every_steps", every_steps, int)
-        self._every_seconds = _positive("every_seconds", every_seconds, int, float)
+        self._cadence = Cadence(every_steps, every_seconds)
         policy = Policy.parse(keep_last, keep_every, keep_best)
         setting, limit = parse_compression(compression), parse_limit(memory_limit)
         if on_busy not in ("wait", "skip", "error"):
@@ -120,13 +123,12 @@ class Checkpointer:
         self._pid = os.getpid()
         self._closed = False
         self._handles: list[SaveHandle] = []
-        self._restored: int | None = None
-        self._last_save = time.monotonic()
         self._should_stop = False
-        self._retention = Retention(self._filesystem, self._directory, policy)
-        self._signals: StopSignals | None = None
-        try:
+        with contextlib.ExitStack() as undo:
+            self._retention = Retention(self._filesystem, self._directory, policy)
+            undo.callback(self._retention.close)
             self._signals = StopSignals(signals)
+            undo.callback(self._signals.close)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -134,11 +136,11 @@ class Checkpointer:
                 overlap=overlap,
                 durable=durable,
             )
-        except BaseException:
-            if self._signals is not None:
-                self._signals.close()
-            self._retention.close()
-            raise
+            undo.pop_all()
+        self._finalizer = weakref.finalize(
+            self, _abandoned, self._pid, self._pipeline, self._retention, self._signals
+        )
+        self._finalizer.atexit = False  # at exit, handle.py finishes what is open
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -185,15 +187,14 @@ class Checkpointer:
         Raises:
             What `save` raises, and the error of an earlier save that nobody has seen.
         """
-        with self._mutex:
-            self._check()
-            if self._signals is not None and self._signals.arrived and not self._should_stop:
+        with self._turn():
+            if self._signals.arrived and not self._should_stop:
                 handle = self._save(step, state, metrics, metadata, on_busy="wait")
                 assert handle is not None
                 handle.result()
                 self._should_stop = True
                 return handle
-            if not self._due(step):
+            if not self._cadence.due(step):
                 return None
             return self._save(step, state, metrics, metadata, on_busy=self._on_busy)
 
@@ -220,8 +221,7 @@ class Checkpointer:
             BusyError: a save is in flight and ``on_busy="error"``.
             SaveError, CommitError: with ``block``, this save's; else one of an earlier save.
         """
-        with self._mutex:
-            self._check()
+        with self._turn():
             handle = self._save(step, state, metrics, metadata, on_busy=self._on_busy)
         if block and handle is not None:
             handle.result()
@@ -233,8 +233,7 @@ class Checkpointer:
         Optimizers have no state before their first step: call it after that, or the rest comes
             later.
         """
-        with self._mutex:
-            self._check()
+        with self._turn():
             self._await_current()
             self._pipeline.prewarm(state)
 
@@ -244,8 +243,7 @@ class Checkpointer:
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
-        with self._mutex:
-            self._check()
+        with self._turn():
             current = self._pipeline.current
             ended = current is None or current.wait_ended(timeout)
             self._raise_unseen()
@@ -257,11 +255,14 @@ class Checkpointer:
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
+        if self._pid != os.getpid():
+            return  # a forked child's copy has nothing
+        self._refuse_callbacks()
         with self._mutex:
-            if self._closed or self._pid != os.getpid():
+            if self._closed:
                 return
-            if self._signals is not None:
-                self._signals.close()
+            self._finalizer.detach()
+            self._signals.close()
             self._pipeline.close()
             self._retention.close()
             self._closed = True
@@ -283,20 +284,19 @@ class Checkpointer:
             IntegrityError, FormatError: there are checkpoints, and all are damaged.
             CheckpointNotFoundError: there is none of ``step``.
         """
-        with self._mutex:
-            self._check()
+        with self._turn():
             self._await_current()
             if step is None and not self.steps():
                 return None
             restored = restore_from(
                 self._filesystem,
-                self._path(step),
+                self._retention.path(step),
                 state,
                 strict=strict,
                 passed_over=self._pass_over,
             )
-            self._restored = restored
-            self._last_save = time.monotonic()
+            self._retention.restored = restored
+            self._cadence.restart()
             return restored
 
     def load(
@@ -310,12 +310,11 @@ class Checkpointer:
 
         See `asyncsave.load` for the arguments.
         """
-        with self._mutex:
-            self._check()
+        with self._turn():
             self._await_current()
             return load_from(
                 self._filesystem,
-                self._path(step),
+                self._retention.path(step),
                 keys=keys,
                 device=device,
                 passed_over=self._pass_over,
@@ -323,7 +322,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Return the steps of all committed checkpoints in the directory, ascending."""
-        return list_steps(self._filesystem, self._directory)
+        return self._retention.steps()
 
     def latest_step(self) -> int | None:
         """Return the newest committed step, or None."""
@@ -376,60 +375,43 @@ class Checkpointer:
         target = Target(
             step_path(self._directory, step),
             step,
-            self._may_replace(step),
+            self._retention.may_replace(step),
             numbers,
             metadata,
-            lambda: self._retention.committed(step, numbers),
+            functools.partial(self._retention.committed, step, numbers),
         )
-        self._last_save = time.monotonic()
+        self._cadence.restart()
         try:
             handle = self._pipeline.save(state, target, began)
         except SaveError:
             self._stats.failures += 1
             raise
         self._handles.append(handle)
-        handle.add_done_callback(self._count)
+        handle.add_done_callback(functools.partial(_count, self._stats))
         return handle
-
-    def _due(self, step: int) -> bool:
-        if self._every_steps is not None and step % self._every_steps == 0:
-            return True
-        seconds = self._every_seconds
-        return seconds is not None and time.monotonic() - self._last_save >= seconds
-
-    def _may_replace(self, step: int) -> bool:
-        """Whether there is a checkpoint of this step, of an attempt that was given up."""
-        if not self._filesystem.exists(step_path(self._directory, step)):
-            return False
-        if self._restored is not None and step > self._restored and step not in self._retention.own:
-            _log.warning(
-                "replacing the checkpoint of step %d, later than step %d, which was restored",
-                step,
-                self._restored,
-            )
-            return True
-        raise CheckpointExistsError(
-            f"{self._directory} has a checkpoint of step {step} already; restore() first to go on "
-            "from the newest one, or use another directory"
-        )
-
-    def _count(self, handle: SaveHandle) -> None:
-        report = handle.peek()
-        if report is None:
-            self._stats.failures += 1
-        else:
-            self._stats.add(report)
 
     def _await_current(self) -> None:
         if self._pipeline.current is not None:
             self._pipeline.current.wait_ended()
 
-    def _check(self) -> None:
-        if self._pid != os.getpid():
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Give one thread after the other its turn, if there is anything left to do."""
+        if self._pid != os.getpid():  # before the lock, which a thread of the parent may have held
             raise ClosedError("this Checkpointer belongs to the parent process; make one here")
-        if self._closed:
-            raise ClosedError("this Checkpointer is closed; make a new one")
-        self._raise_unseen()
+        self._refuse_callbacks()
+        with self._mutex:
+            if self._closed:
+                raise ClosedError("this Checkpointer is closed; make a new one")
+            self._raise_unseen()
+            yield
+
+    def _refuse_callbacks(self) -> None:
+        if self._pipeline.in_callback:
+            raise BusyError(
+                "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
+                "return; hand over to a thread of your own"
+            )
 
     def _raise_unseen(self) -> None:
         ended = [handle for handle in self._handles if handle.done()]
@@ -440,20 +422,35 @@ class Checkpointer:
                 errors[0].add_note(f"another save failed as well: {other!r}")
             raise errors[0]
 
-    def _path(self, step: int | None) -> Path:
-        if step is None:
-            return self._directory
-        if step not in self.steps():
-            raise CheckpointNotFoundError(
-                f"{self._directory} has no checkpoint of step {step}; it has {self.steps()}"
-            )
-        return step_path(self._directory, step)
-
     def _pass_over(self, path: Path, why: str) -> None:
         self._stats.passed_over.append((path, why))
 
 
-def _positive(name: str, value: Any, *types: type) -> Any:
-    if value is not None and (type(value) not in types or not value > 0 or math.isinf(value)):
-        raise ConfigError(f"{name}={value!r} must be a positive {types[-1].__name__}, or None")
-    return value
+def _count(stats: Stats, handle: SaveHandle) -> None:
+    report = handle.peek()
+    if report is None:
+        stats.failures += 1
+    else:
+        stats.add(report)
+
+
+def _abandoned(pid: int, pipeline: Pipeline, retention: Retention, signals: StopSignals) -> None:
+    """Close what belonged to a Checkpointer that was garbage-collected.
+
+    That may happen in any thread, even in one of the pipeline's, so a thread of its own waits.
+    """
+    if pid != os.getpid():
+        return
+    signals.close()
+
+    def close() -> None:
+        pipeline.close()
+        retention.close()
+
+    threading.Thread(target=close, name="asyncsave-close", daemon=True).start()
+    warnings.warn(
+        f"the Checkpointer of {retention.directory} was dropped without close(); use it in a with "
+        "statement",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -36,7 +36,7 @@ from .handle import SaveHandle, closed, finish_at_exit
 from .memory import Memory, MemoryLimit, encoder_threads
 from .report import SaveReport
 from .snapshot.arena import Slot
-from .snapshot.fence import CudaTransport, Fence, LateCopies, Transport
+from .snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from .snapshot.snapshotter import Snapshotter, Staged
 from .state.plan import Plan, Planner
 from .state.tree import Flat, flatten
@@ -83,7 +83,6 @@ class Pipeline:
         self._once = once
         self._planner = Planner()
         self._snapshotter = Snapshotter(transport, overlap=overlap)
-        self._fence = Fence()
         self._chooser = Chooser(compression, encoder_threads())
         self._current: SaveHandle | None = None
         self._closed = False
@@ -100,6 +99,11 @@ class Pipeline:
     def current(self) -> SaveHandle | None:
         """The save that was begun last."""
         return self._current
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether the caller is the event loop's thread: a done callback, which must not wait."""
+        return threading.current_thread() is self._thread
 
     def save(self, state: Any, target: Target, began: float) -> SaveHandle:
         """Stage ``state`` and let the rest happen in the background. No other save is in flight.
@@ -140,26 +144,25 @@ class Pipeline:
 
     def close(self) -> None:
         """Finish the save in flight, end all threads, give all memory back. Idempotent."""
-        if self._closed:
-            return
         if self._current is not None:
             self._current.wait_ended()
             if self._once:
                 self._thread.join()  # it closes the rest by itself
                 return
+        if self._closed:
+            return
         with contextlib.suppress(RuntimeError):  # closed by a close() that was interrupted
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._close_rest()
+        closed(self)
 
     def _close_rest(self) -> None:
         self._closed = True
-        self._fence.close()
         self._encode.shutdown()
         self._io.shutdown()
         self._memory.close()
         self._snapshotter.forget()
-        closed(self)
 
     def _fit(self, flat: Flat) -> Plan:
         """Plan a state, and make memory fit the plan."""
@@ -193,7 +196,7 @@ class Pipeline:
             if staged.event is not None and staged.late is None:
                 unfinished.append(staged.event)
         if save.late is not None:
-            self._fence.add(save.late)
+            FENCE.add(save.late)
         try:
             for event in unfinished:
                 event.synchronize()
@@ -237,6 +240,7 @@ class Pipeline:
             assert error is not None
             save.handle.set_error(error, seen=save.staging_error is not None)
         if self._once:
+            closed(self)  # last: at exit, what is open is waited for before errors are looked at
             self._loop.stop()
 
     async def _write(self, save: Save) -> SaveReport:

@@ -261,10 +261,12 @@ def _load_objects(match: Match, states: list[Any]) -> None:
                 each.load_state_dict(state, strict=match.strict)
             else:
                 each.load_state_dict(state)
-        except Exception as cause:
+        except BaseException as cause:
             for done, old in before:
                 if old is not None:
                     done.load_state_dict(old)
+            if not isinstance(cause, Exception):
+                raise  # the user's own interrupt, now that all is as it was
             reason = f"{show(name)}: {type(each).__name__}.load_state_dict refused: {cause}"
             raise MismatchError(
                 f"{match.checkpoint.path} does not fit the state:", [reason]

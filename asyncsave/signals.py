@@ -31,6 +31,7 @@ class StopSignals:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.arrived = False
+        self._closed = False
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
         wanted = list(numbers)
@@ -45,17 +46,27 @@ class StopSignals:
                 raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
 
     def close(self) -> None:
-        """Put the previous handlers back, where nobody has replaced ours."""
+        """Put the previous handlers back, where nobody has replaced ours.
+
+        Only the main thread can; called in another one, handlers stay and do what the previous ones
+        would have done.
+        """
+        self._closed = True
         if threading.current_thread() is not threading.main_thread():
             return
-        for number, previous in self._previous.items():
+        for number, previous in list(self._previous.items()):
             if signal.getsignal(number) == self._handle:
                 with contextlib.suppress(OSError, ValueError):
                     signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous.clear()
+                    del self._previous[number]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.arrived = True
         previous = self._previous.get(number)
-        if callable(previous) and self._pid == os.getpid():
+        forked = self._pid != os.getpid()
+        if callable(previous):
             previous(number, frame)
+        elif previous in (signal.SIG_DFL, None) and (self._closed or forked):
+            # nobody will look at the flag: let the signal do what it does without us
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

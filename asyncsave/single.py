@@ -52,12 +52,12 @@ def save(
     setting, limit = parse_compression(compression), parse_limit(memory_limit)
     filesystem = LocalFileSystem()
     target = Path(os.path.abspath(path))
-    _check_target(filesystem, target, overwrite=overwrite)
     try:
         filesystem.make_directories(target.parent)
         sweep(filesystem, target.parent, target.name)
     except OSError as cause:
         raise write_error("create", target.parent, cause) from cause
+    _check_target(filesystem, target, overwrite=overwrite)
     pipeline = Pipeline(
         filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
     )

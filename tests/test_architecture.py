@@ -32,6 +32,7 @@ ORDER = [
     "match",
     "restore",
     "single",
+    "cadence",
     "signals",
     "checkpointer",
     "distributed",

@@ -48,7 +48,7 @@ def test_every_steps(tmp_path: Path) -> None:
 
 def test_every_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("asyncsave.checkpointer.time.monotonic", lambda: now)
+    monkeypatch.setattr("asyncsave.cadence.time.monotonic", lambda: now)
     with make(tmp_path, every_seconds=10) as ckpt:
         for step in range(1, 30):
             now += 4.0
@@ -415,6 +415,70 @@ def test_prewarm_takes_the_memory_before_the_first_save(tmp_path: Path) -> None:
         assert ckpt._pipeline._memory.slots is arena
 
 
+def test_one_that_is_dropped_finishes_and_warns(tmp_path: Path, gated: GatedFileSystem) -> None:
+    ckpts = [make(tmp_path)]
+    ckpts[0].save(1, STATE)
+    with pytest.warns(ResourceWarning, match="dropped without close"):
+        ckpts.clear()
+    gated.gate.set()
+
+    def is_free() -> bool:
+        try:
+            make(tmp_path).close()
+        except asyncsave.BusyError:
+            return False
+        return True
+
+    assert eventually(is_free)
+    assert_same(asyncsave.load(tmp_path), STATE)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_done_callback_is_refused(tmp_path: Path, gated: GatedFileSystem) -> None:
+    refused = []
+    with make(tmp_path) as ckpt:
+
+        def callback(_: asyncsave.SaveHandle) -> None:
+            for use in (lambda: ckpt.save(2, STATE), ckpt.wait, ckpt.close):
+                try:
+                    use()
+                except asyncsave.BusyError as error:
+                    refused.append(str(error))
+
+        handle = ckpt.save(1, STATE)
+        assert handle is not None
+        handle.add_done_callback(callback)
+        gated.gate.set()
+        assert eventually(lambda: len(refused) == 3)
+        assert "done callback" in refused[0]
+        ckpt.save(2, STATE, block=True)
+        assert ckpt.steps() == [1, 2]
+
+
+SIGNALLED = """
+import os, signal, sys, threading, asyncsave
+ckpt = asyncsave.Checkpointer(sys.argv[1])
+if sys.argv[2] == "thread":  # cannot put the handler back
+    thread = threading.Thread(target=ckpt.close); thread.start(); thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+else:
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_signal_that_nobody_will_look_at_is_not_swallowed(tmp_path: Path) -> None:
+    def ended(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-c", SIGNALLED, str(tmp_path), how]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert ended("thread").returncode == -signal.SIGTERM
+    assert ended("child").stdout == f"{-signal.SIGTERM}\n"
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -523,6 +587,20 @@ def test_save_refuses_what_is_there(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["a"]
 
 
+def test_what_comes_to_be_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = GatedFileSystem()
+    monkeypatch.setattr("asyncsave.single.LocalFileSystem", lambda: gated)
+    handle = asyncsave.save({"x": 1}, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("")
+    gated.gate.set()
+    with pytest.raises(asyncsave.CheckpointExistsError, match="left as it is"):
+        handle.result()
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
 def test_save_never_replaces_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -543,6 +621,34 @@ def test_overwriting_where_names_cannot_be_swapped(
     asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True).result()
     assert asyncsave.load(tmp_path / "a") == {"x": 2}
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where names cannot be swapped: the old checkpoint is hidden, the new one not yet there."""
+    asyncsave.save({"x": 1}, tmp_path / "a").result()
+    with monkeypatch.context() as patch:
+        renames = []
+
+        def rename(_: Any, source: Path, target: Path) -> None:
+            renames.append(target)
+            if len(renames) > 2:
+                raise KeyboardInterrupt("as good as killed")
+            os.rename(source, target)
+
+        patch.setattr("asyncsave.storage.filesystem.LocalFileSystem.exchange", lambda *_: False)
+        patch.setattr("asyncsave.storage.filesystem.LocalFileSystem.rename", rename)
+        patch.setattr("asyncsave.storage.commit.discard", lambda *_: None)
+        handle = asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True)
+        assert isinstance(handle.exception(), KeyboardInterrupt)
+    assert not (tmp_path / "a").exists()
+    handle = asyncsave.save({"x": 3}, tmp_path / "b")  # sweeps only what is of "b"
+    handle.result()
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(asyncsave.CheckpointExistsError):
+        asyncsave.save({"x": 3}, tmp_path / "a")
+    assert asyncsave.load(tmp_path / "a") == {"x": 1}
 
 
 def test_an_empty_state_and_a_state_that_is_no_dict(tmp_path: Path) -> None:

@@ -261,6 +261,24 @@ def test_objects_are_put_back_when_one_refuses(tmp_path: Path) -> None:
     assert torch.equal(into["t"], torch.zeros(3))  # type: ignore[arg-type]
 
 
+def test_objects_are_put_back_when_the_user_interrupts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Picky(), Picky()
+    first.value = second.value = 7
+    put({"a": first, "b": second}, tmp_path / "a")
+    into = {"a": Picky(), "b": Picky()}
+
+    def interrupted(state: dict[str, Any]) -> None:
+        if state["value"] == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(into["b"], "load_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        asyncsave.restore(tmp_path / "a", into)
+    assert into["a"].value == 0
+
+
 class Renaming(torch.nn.Module):
     """A module that loads in its own way, as many in the wild do."""
 

@@ -322,22 +322,23 @@ def test_buffers_and_raw_tensors_are_never_late(tmp_path: Path) -> None:
     pipeline.close()
 
 
-def test_the_hook_is_gone_after_close() -> None:
+def test_the_process_has_one_hook_and_it_lets_go(tmp_path: Path) -> None:
     import torch.optim.optimizer as module
 
-    hooks = module._global_optimizer_pre_hooks
-    count = len(hooks)
-    device = FakeDevice()
-    device.eager = True
-    pipeline = make_pipeline(device)
-    _, _, state = simple_training()
-    import tempfile
+    from asyncsave.snapshot.fence import FENCE
 
-    with tempfile.TemporaryDirectory() as directory:
-        pipeline.save(state, Target(Path(directory) / "a"), 0.0).result(20)
-        assert len(hooks) == count + 1
+    for name in "abc":
+        device = FakeDevice()
+        device.eager = True
+        pipeline = make_pipeline(device)
+        _, optimizer, state = simple_training()
+        pipeline.save(state, Target(tmp_path / name), 0.0).result(20)
         pipeline.close()
-    assert len(hooks) == count
+        assert FENCE._pending
+        optimizer.step()
+        assert not FENCE._pending, "what is complete is forgotten at the next step"
+    hooks = module._global_optimizer_pre_hooks.values()
+    assert [each for each in hooks if each == FENCE._before_step] == [FENCE._before_step]
 
 
 @pytest.mark.cuda

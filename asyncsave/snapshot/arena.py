@@ -162,6 +162,9 @@ class Arena:
             self._registered.append(tensor.data_ptr())
             return
         self._pin = False
+        with contextlib.suppress(RuntimeError):
+            # CUDA remembers the error, and would tell it to the next kernel launch: this one
+            torch.empty(1, device="cuda").fill_(0)
         warnings.warn(
             f"asyncsave could not pin {tensor.numel()} bytes for CUDA (error {status}); copies "
             "will be pageable and block longer. Raise the locked-memory limit (ulimit -l), or "

@@ -8,7 +8,7 @@ What a hook cannot see, a version check does: every late tensor's ``_version`` i
 one at the time of the save, once: when its copy has finished, or at the fence, whichever comes
 first. A difference fails the save by the tensor's name; a torn snapshot is never committed.
 
-Who calls what: `Fence.add` and `Fence.wait` run in the training thread, `LateCopies.settle` in a
+Who calls what: `Fence.add` and `Fence.wait` run in training threads, `LateCopies.settle` in a
 background thread. A lock in LateCopies orders them.
 """
 
@@ -194,27 +194,38 @@ class LateCopies:
 
 
 class Fence:
-    """The hook before every optimizer step of the process, while late copies are under way."""
+    """The hook before every optimizer step of the process, for late copies that are under way.
+
+    There is one hook for the whole process, registered with the first late copy and then kept: it
+    returns at once while nothing is pending. To remove it would mean to change torch's table of
+    hooks in a thread that knows nothing of the training thread, which may be going through it.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._pending: list[LateCopies] = []
         self._hook: Any = None
 
     def add(self, late: LateCopies) -> None:
         """Let the training wait for these copies before its next optimizer step."""
-        self._pending.append(late)
-        if self._hook is None:
-            self._hook = register_optimizer_step_pre_hook(self._before_step)
+        with self._lock:
+            self._pending.append(late)
+            if self._hook is None:
+                self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def wait(self) -> None:
         """Do what the hook does; for training loops that change parameters without an optimizer."""
-        self._pending = [late for late in self._pending if not late.fence()]
-
-    def close(self) -> None:
-        """Remove the hook."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        with self._lock:
+            pending = list(self._pending)
+        complete = [late for late in pending if late.fence()]
+        if complete:
+            with self._lock:
+                self._pending = [late for late in self._pending if late not in complete]
 
     def _before_step(self, *_: Any) -> None:
-        self.wait()
+        if self._pending:
+            self.wait()
+
+
+FENCE = Fence()
+"""That of the process."""

@@ -39,6 +39,10 @@ class Draft:
         return self.path / data_file(0)
 
 
+REPLACED = ".replaced"
+"""Ends the hidden name of a checkpoint whose place another is about to take; see `_rename`."""
+
+
 def hidden_name(target: Path) -> Path:
     """Return a new temporary name beside ``target``."""
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -77,6 +81,8 @@ def commit(
         if durable:
             filesystem.sync_directory(draft.path)  # DURABILITY: all entries before the rename
         old = _rename(filesystem, draft, replace=replace)  # COMMIT POINT
+    except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
+        raise
     except OSError as cause:
         raise write_error("commit", draft.target, cause) from cause
     if draft.lock is not None:
@@ -108,8 +114,8 @@ def _rename(filesystem: FileSystem, draft: Draft, *, replace: bool) -> Path | No
             ) from cause
     if filesystem.exchange(draft.path, draft.target):
         return draft.path
-    # no atomic swap here: for a moment neither name is there, but both checkpoints are
-    old = hidden_name(draft.target)
+    # no atomic swap here: for a moment neither is there by name, and a sweep puts the old one back
+    old = Path(f"{hidden_name(draft.target)}{REPLACED}")
     filesystem.rename(draft.target, old)
     try:
         filesystem.rename(draft.path, draft.target)

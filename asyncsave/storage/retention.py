@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BusyError, ConfigError, LoadError, write_error
-from .commit import hidden_name
+from ..errors import (
+    BusyError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ConfigError,
+    LoadError,
+    write_error,
+)
+from .commit import REPLACED, hidden_name
 from .filesystem import FileSystem
 from .reader import STEP, list_steps, read_record, step_path
 
 _log = logging.getLogger("asyncsave")
-_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{16}")
+_LEFTOVER = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}({re.escape(REPLACED)})?")
 
 
 KeepBest = str | tuple[str, Literal["min", "max"]] | tuple[str, Literal["min", "max"], int]
@@ -116,6 +123,8 @@ def prune(filesystem: FileSystem, directory: Path, steps: list[int]) -> None:
 def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> list[Path]:
     """Remove what dead writers left in ``directory``, and nobody else's; return what was removed.
 
+    A checkpoint that was about to be replaced, when its writer died, gets its name back.
+
     Args:
         name: only leftovers of this target; None for those of all steps.
     """
@@ -137,6 +146,11 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
         if lock is None:
             continue  # no locks on this filesystem: whether the writer lives cannot be told
         try:
+            if match[2] and not filesystem.exists(directory / match[1]):
+                filesystem.rename(path, directory / match[1])
+                filesystem.sync_directory(directory)
+                _log.info("%s was to be replaced by a save that was cut off; it is back", path)
+                continue
             filesystem.remove_tree(path)
             removed.append(path)
             _log.info("removed %s, which a save that was cut off had left", path)
@@ -154,7 +168,9 @@ class Retention:
     The pipeline's threads call `committed`, the training thread all else.
 
     Attributes:
+        directory: the run's.
         own: the steps that were committed through this object.
+        restored: the step that the run goes on from, if any.
 
     Raises:
         BusyError: somebody else holds the directory.
@@ -163,10 +179,11 @@ class Retention:
 
     def __init__(self, filesystem: FileSystem, directory: Path, policy: Policy) -> None:
         self._filesystem = filesystem
-        self._directory = directory
+        self.directory = directory
         self._policy = policy
         self._metrics: dict[int, Mapping[str, float | None]] = {}
         self.own: set[int] = set()
+        self.restored: int | None = None
         try:
             filesystem.make_directories(directory)
             self._lock = filesystem.lock(directory)
@@ -191,19 +208,53 @@ class Retention:
         if self._lock is not None:
             self._lock.release()
 
+    def steps(self) -> list[int]:
+        """Return the steps of all committed checkpoints, ascending."""
+        return list_steps(self._filesystem, self.directory)
+
+    def path(self, step: int | None) -> Path:
+        """Return where the checkpoint of ``step`` is; the run's directory for None."""
+        if step is None:
+            return self.directory
+        if step not in self.steps():
+            raise CheckpointNotFoundError(
+                f"{self.directory} has no checkpoint of step {step}; it has {self.steps()}"
+            )
+        return step_path(self.directory, step)
+
+    def may_replace(self, step: int) -> bool:
+        """Return whether there is a checkpoint of this step, of an attempt that was given up.
+
+        Raises:
+            CheckpointExistsError: there is one that must stay.
+        """
+        if not self._filesystem.exists(step_path(self.directory, step)):
+            return False
+        if self.restored is not None and step > self.restored and step not in self.own:
+            _log.warning(
+                "replacing the checkpoint of step %d, later than step %d, which was restored",
+                step,
+                self.restored,
+            )
+            return True
+        raise CheckpointExistsError(
+            f"{self.directory} has a checkpoint of step {step} already; restore() first to go on "
+            "from the newest one, or use another directory"
+        )
+
     def committed(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Prune what the policy does not keep, now that ``step`` is durable."""
         self.own.add(step)
         self._metrics[step] = metrics
         if self._policy != Policy():
-            steps = list_steps(self._filesystem, self._directory)
+            steps = self.steps()
             known = {each: self._metrics_of(each) for each in steps}
-            prune(self._filesystem, self._directory, self._policy.doomed(known, step))
+            prune(self._filesystem, self.directory, self._policy.doomed(known, step))
 
     def _metrics_of(self, step: int) -> Mapping[str, float | None]:
         if step not in self._metrics:
             try:
-                path = step_path(self._directory, step)
+                path = step_path(self.directory, step)
                 self._metrics[step] = read_record(self._filesystem, path).metrics
             except LoadError as cause:
                 _log.warning("could not read the metrics of step %d: %s", step, cause)
