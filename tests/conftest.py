@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from . import counts
+
 torch.set_num_threads(2)
 
 
@@ -49,3 +51,8 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if summary := counts.summary():
+        terminalreporter.write_line(summary)

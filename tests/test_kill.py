@@ -14,6 +14,8 @@ import torch
 
 import asyncsave
 
+from . import counts
+
 SAVING = """
 import sys, torch, asyncsave
 directory, seed = sys.argv[1], int(sys.argv[2])
@@ -67,6 +69,7 @@ def kill_once(directory: Path, seed: int, delay: float) -> int:
         assert newest >= durable[-1], "what was reported durable is there"
     for step in steps:
         check(directory, step)
+    counts.add("kills")
     return newest
 
 

@@ -1,0 +1,25 @@
+"""Counts: what the tests of one session have tried in all; pytest prints the sums at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+WORDS = {
+    "faults": "faults tried",
+    "images": "crash images checked",
+    "kills": "kills survived",
+    "flips": "bytes flipped",
+}
+
+_totals: Counter[str] = Counter()
+
+
+def add(what: str, count: int = 1) -> None:
+    """Note that so many were tried; ``what`` is one of `WORDS`."""
+    assert what in WORDS, what
+    _totals[what] += count
+
+
+def summary() -> str:
+    """Return all sums in one line; empty if nothing was counted."""
+    return ", ".join(f"{WORDS[what]}: {_totals[what]:,}" for what in WORDS if _totals[what])
