@@ -1,8 +1,7 @@
-"""What several tests need: bit-exact comparison, and filesystems that misbehave on command."""
+"""What several tests need: bit-exact comparison, and a filesystem that waits on command."""
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from collections.abc import Callable
@@ -105,70 +104,6 @@ class GatedFileSystem(LocalFileSystem):
 
     async def create(self, path: Path, executor: Executor) -> WritableFile:
         return GatedFile(await super().create(path, executor), self.gate, executor)
-
-
-class Failure:
-    """Raises ``errno`` at the i-th operation that is counted; remembers the operations."""
-
-    def __init__(self, at: int, errno: int) -> None:
-        self.at, self.errno = at, errno
-        self.operations: list[str] = []
-        self.armed = True
-
-    def __call__(self, name: str, path: Path) -> None:
-        if not self.armed:
-            return
-        self.operations.append(name)
-        if len(self.operations) - 1 == self.at:
-            raise OSError(self.errno, os.strerror(self.errno), str(path))
-
-
-class FailingFile:
-    def __init__(self, file: WritableFile, path: Path, fail: Failure) -> None:
-        self._file, self._path, self._fail = file, path, fail
-
-    async def write(self, view: memoryview) -> None:
-        self._fail("write", self._path)
-        await self._file.write(view)
-
-    async def sync(self) -> None:
-        self._fail("sync", self._path)
-        await self._file.sync()
-
-    async def close(self) -> None:
-        await self._file.close()
-        self._fail("close", self._path)
-
-
-class FailingFileSystem(LocalFileSystem):
-    """The machine's files, one operation of which fails. Removing never does: see `Failure`."""
-
-    def __init__(self, fail: Failure) -> None:
-        self.fail = fail
-
-    def create_directory(self, path: Path) -> None:
-        self.fail("create_directory", path)
-        super().create_directory(path)
-
-    async def create(self, path: Path, executor: Executor) -> WritableFile:
-        self.fail("create", path)
-        return FailingFile(await super().create(path, executor), path, self.fail)
-
-    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
-        self.fail("write_file", path)
-        super().write_file(path, data, sync=sync)
-
-    def sync_directory(self, path: Path) -> None:
-        self.fail("sync_directory", path)
-        super().sync_directory(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self.fail("rename", target)
-        super().rename(source, target)
-
-    def remove_tree(self, path: Path) -> None:
-        self.fail("remove_tree", path)
-        super().remove_tree(path)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

@@ -1,8 +1,17 @@
-"""A save that cannot succeed: the right error, nothing harmed, and the next one works."""
+"""Saves, loads and removals that cannot succeed: the right error, nothing harmed, and on it goes.
+
+Every sweep here lets the i-th operation on the disk misbehave, for every i until there are no more.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
+import io
+import os
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,93 +20,253 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
+from asyncsave.storage.commit import hidden_name
 
-from .support import FailingFileSystem, Failure, assert_same
+from . import counts
+from .faultfs import Fault, FaultFileSystem, Faults
+from .support import assert_same
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NUMBERS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EMFILE]
+every_errno = pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
+# chunks of 64 KiB: several writes in a save
+SMALL: dict[str, Any] = {"compression": 1, "memory_limit": 2 << 20}
 
 
 def state_of(step: int) -> dict[str, Any]:
     return {"w": torch.randn(40_000, generator=torch.Generator().manual_seed(step)), "step": step}
 
 
-def run(directory: Path, fail: Failure, monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
-    """Save 1 to 3 with retention; one operation of 3 fails; then save 4. Return what was raised."""
-    filesystem = FailingFileSystem(fail)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
-    errors: list[BaseException] = []
-    fail.armed = False
-    # chunks of 64 KiB: several writes in a save
-    with Checkpointer(directory, compression=1, memory_limit=2 << 20, keep_last=2) as ckpt:
-        for step in (1, 2):
-            ckpt.save(step, state_of(step), block=True)
-        fail.armed = True
-        handle = ckpt.save(3, state_of(3))
-        assert handle is not None
-        error = handle.exception()
-        if error is not None:
-            errors.append(error)
-        fail.armed = False
-        slots, frames = ckpt._pipeline._memory.slots, ckpt._pipeline._memory.frames
-        assert slots is not None
-        assert frames is not None
-        assert (slots.free, frames.free) == (slots.count, frames.count)
-        after = ckpt.steps()
-        if isinstance(error, asyncsave.SaveError):
-            assert after == [1, 2]
-        else:
-            assert 3 in after
-        for step in after:
-            assert_same(ckpt.load(step=step), state_of(step))
-        ckpt.save(4, state_of(4), block=True)
-        assert_same(ckpt.load(), state_of(4))
-        steps = ckpt.steps()
-    # what could not be removed is a hidden leftover that the next run sweeps
-    monkeypatch.undo()
-    with Checkpointer(directory):
-        pass
-    assert sorted(path.name for path in directory.iterdir()) == [f"step-{s:09d}" for s in steps]
-    asyncsave.verify(directory)
-    return errors
+def use(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
+    """Let everything in asyncsave use a disk with these faults."""
+    for module in ("checkpointer", "single", "restore"):
+        # asyncsave.restore is the function
+        found = importlib.import_module(f"asyncsave.{module}")
+        monkeypatch.setattr(found, "LocalFileSystem", lambda: FaultFileSystem(faults))
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
-def test_every_operation_fails_once(
+def each_operation(fault: Fault, **options: Any) -> Iterator[Faults]:
+    """Yield faults for the first operation, the second, …, until one is not reached any more."""
+    for i in range(1000):
+        faults = Faults(i, fault, **options)
+        yield faults
+        if len(faults.operations) <= i:
+            return
+        if faults.hit is not None:
+            counts.add("flips" if fault == "flip" else "faults")
+    pytest.fail("the sweep did not end")
+
+
+def held() -> tuple[int, int]:
+    """Return how many descriptors and threads there are."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def full(ckpt: Checkpointer) -> bool:
+    """Whether the arenas have all that is theirs."""
+    return all(arena.free == arena.count for arena in ckpt._pipeline._memory.arenas)
+
+
+def assert_is(error: BaseException, number: int, directory: Path) -> None:
+    """Assert that ``error`` says in asyncsave's words that the disk said ``number``."""
+    assert isinstance(error, asyncsave.WriteError), repr(error)
+    assert isinstance(error, asyncsave.DiskFullError) == (number in FULL)
+    assert error.errno == number
+    assert error.path.is_relative_to(directory)
+    assert isinstance(error.__cause__, OSError)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def visible(directory: Path) -> list[str]:
+    return [name for name in names(directory) if not name.startswith(".")]
+
+
+# -- saving -----------------------------------------------------------------------------------
+
+
+@every_errno
+def test_every_operation_of_a_save_fails_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    seen: set[str] = set()
-    for i in range(100):
-        fail = Failure(i, number)
-        errors = run(tmp_path / str(i), fail, monkeypatch)
-        if len(fail.operations) <= i:
-            break  # the save has fewer operations: all have failed once
-        operation = fail.operations[i]
-        seen.add(operation)
-        if not errors:
-            assert operation in ("rename", "sync_directory", "remove_tree"), "pruning may fail"
-            assert fail.operations[: i + 1].count("rename") + (operation != "rename") >= 2
-            continue
-        (error,) = errors
-        if isinstance(error, asyncsave.CommitError):
-            assert operation == "sync_directory"
+    """One Checkpointer for all: each failed save leaves it as if that had never been."""
+    use(monkeypatch, Faults())
+    seen = set()
+    with Checkpointer(tmp_path, keep_last=2, **SMALL) as ckpt:
+        filesystem = ckpt._filesystem
+        assert isinstance(filesystem, FaultFileSystem)
+        for step in (1, 2):
+            ckpt.save(step, state_of(step), block=True)
+        before, step = held(), 3
+        for faults in each_operation(number):
+            steps = ckpt.steps()
+            filesystem.faults = faults
+            handle = ckpt.save(step, state_of(step))
+            assert handle is not None
+            error = handle.exception()
+            filesystem.faults = Faults()
+            assert full(ckpt)
+            assert held() == before
+            committed = ("rename", tmp_path / f"step-{step:09d}")
+            done = [(each.kind, each.path) for each in faults.operations[: faults.at]]
+            if faults.hit is None:
+                assert error is None
+            elif committed not in done:
+                assert error is not None
+                assert_is(error, number, tmp_path)
+                assert ckpt.steps() == steps
+            elif done[-1] == committed:
+                assert faults.hit.kind == "sync_directory"
+                assert isinstance(error, asyncsave.CommitError)
+                assert ckpt.steps() == [*steps, step]
+            else:
+                assert error is None, "pruning may fail"
+            seen |= {faults.hit.kind} if faults.hit else set()
+            for each in ckpt.steps():
+                assert_same(ckpt.load(step=each), state_of(each))
+            ckpt.save(step + 1, state_of(step + 1), block=True)
+            assert_same(ckpt.load(), state_of(step + 1))
+            failed = isinstance(error, asyncsave.SaveError)
+            assert ckpt.steps() == [step - 1 if failed else step, step + 1]
+            step += 2
+        steps = ckpt.steps()
+    assert seen >= {"create_directory", "lock", "create", "write", "sync", "close", "write_file"}
+    assert seen >= {"sync_directory", "rename", "list_directory", "is_directory", "remove_tree"}
+    # what could not be removed is a hidden leftover that the next run sweeps
+    assert names(tmp_path) != visible(tmp_path)
+    with Checkpointer(tmp_path):
+        pass
+    assert names(tmp_path) == [f"step-{each:09d}" for each in steps]
+    asyncsave.verify(tmp_path)
+
+
+def test_short_and_slow_operations_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fault in ("short", "delay"):
+        kinds = set()
+        for faults in each_operation(fault):
+            use(monkeypatch, faults)
+            directory = tmp_path / fault
+            with Checkpointer(directory, keep_last=1, **SMALL) as ckpt:
+                for step in (1, 2):
+                    ckpt.save(step, state_of(step), block=True)
+                faults.on = False
+            kinds |= {faults.hit.kind} if faults.hit else set()
+            assert names(directory) == ["step-000000002"]
+            assert_same(asyncsave.load(directory), state_of(2))
+            asyncsave.verify(directory)
+            shutil.rmtree(directory)
+        assert "write" in kinds
+
+
+def test_short_writes_of_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    def short(path: Path, *_: Any, **__: Any) -> Short:
+        return Short(path, "x")
+
+    monkeypatch.setattr("asyncsave.storage.filesystem.open", short, raising=False)
+    asyncsave.save(state_of(1), tmp_path / "a").result()
+    assert_same(asyncsave.load(tmp_path / "a"), state_of(1))
+
+
+@pytest.mark.parametrize("where", [0, 0.3, 1])
+@pytest.mark.parametrize("compression", ["off", 1])
+def test_a_byte_that_is_flipped_on_its_way_to_the_disk_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: float, compression: Any
+) -> None:
+    state = {"w": torch.arange(40_001), "s": "text", "step": 2}
+    with Checkpointer(tmp_path, compression=compression, memory_limit=2 << 20) as ckpt:
+        ckpt.save(1, state_of(1), block=True)
+    for faults in each_operation("flip", where=where):
+        use(monkeypatch, faults)
+        faults.on = False
+        with Checkpointer(tmp_path, compression=compression, memory_limit=2 << 20) as ckpt:
+            faults.on = True
+            ckpt.save(2, state, block=True)
+            faults.on = False
+            if faults.hit is None:
+                asyncsave.verify(tmp_path)
+                assert_same(ckpt.load(), state)
+            else:
+                with pytest.raises(asyncsave.IntegrityError) as caught:
+                    asyncsave.verify(tmp_path)
+                assert caught.value.path.name == faults.hit.path.name
+                padding = "between its frames" in str(caught.value)
+                assert_same(ckpt.load(), state if padding else state_of(1))
+                assert len(ckpt.stats.passed_over) == (not padding)
+        shutil.rmtree(tmp_path / "step-000000002")
+
+
+# -- opening, sweeping, pruning ---------------------------------------------------------------
+
+
+@every_errno
+def test_every_operation_of_opening_a_run_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = held()
+    for faults in each_operation(number):
+        directory = tmp_path / str(faults.at) / "run"
+        faults.on = False
+        use(monkeypatch, faults)
+        with Checkpointer(directory, **SMALL) as ckpt:
+            for step in (1, 2):
+                ckpt.save(step, state_of(step), block=True)
+        for name in ("step-000000001", "step-000000003", "step-000000004"):
+            shutil.copytree(directory / "step-000000001", hidden_name(directory / name))
+        faults.on = True
+        try:
+            with Checkpointer(directory) as ckpt:
+                faults.on = False
+                assert ckpt.steps() == [1, 2]
+        except asyncsave.AsyncSaveError as error:
+            assert_is(error, number, tmp_path)
+        faults.on = False
+        assert held() == before
+        with Checkpointer(directory):
+            pass
+        assert names(directory) == ["step-000000001", "step-000000002"]
+        for step in (1, 2):
+            assert_same(asyncsave.load(directory / f"step-{step:09d}"), state_of(step))
+
+
+@every_errno
+def test_every_operation_of_making_a_run_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for faults in each_operation(number):
+        directory = tmp_path / str(faults.at) / "a" / "run"
+        use(monkeypatch, faults)
+        try:
+            Checkpointer(directory).close()
+        except asyncsave.AsyncSaveError as error:
+            assert_is(error, number, tmp_path)
         else:
-            assert isinstance(error, asyncsave.WriteError)
-            assert isinstance(error, asyncsave.DiskFullError) == (number in FULL)
-            assert error.errno == number
-            assert error.path.is_relative_to(tmp_path)
-        assert isinstance(error.__cause__, OSError)
-    else:
-        pytest.fail("the sweep did not end")
-    assert {"create_directory", "create", "write", "sync", "close", "write_file"} <= seen
-    assert {"sync_directory", "rename", "remove_tree"} <= seen
+            assert faults.hit is None
+        faults.on = False
+        with Checkpointer(directory, **SMALL) as ckpt:
+            ckpt.save(1, state_of(1), block=True)
+            assert_same(ckpt.load(), state_of(1))
+
+
+# -- a single checkpoint ----------------------------------------------------------------------
+
+
+# -- loading ----------------------------------------------------------------------------------
+
+
+# -- single cases -----------------------------------------------------------------------------
 
 
 def test_the_commit_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail = Failure(10**9, errno.EIO)
-    run(tmp_path / "run", fail, monkeypatch)
-    fail = Failure(10**9, errno.EIO)
-    filesystem = FailingFileSystem(fail)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    faults = Faults()
+    use(monkeypatch, faults)
     with Checkpointer(tmp_path / "order", keep_last=1) as ckpt:
         ckpt.save(1, {"w": torch.ones(10)}, block=True)
         ckpt.save(2, {"w": torch.ones(10)}, block=True)
@@ -106,7 +275,13 @@ def test_the_commit_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         *("write_file", "write_file", "sync_directory", "rename", "sync_directory"),
     ]
     prune = ["rename", "sync_directory", "remove_tree"]
-    operations = fail.operations[fail.operations.index("create_directory") :]
+    operations = [
+        each.kind
+        for each in faults.operations
+        if each.kind not in ("lock", "list_directory", "is_directory")
+        and (each.kind, each.path.name) != ("create_directory", "order")
+        and (each.kind, each.path) != ("sync_directory", tmp_path)
+    ]
     assert operations == [*once, *once, *prune]
 
 
@@ -133,13 +308,12 @@ def test_failing_while_the_stager_waits_for_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state is larger than the memory, so the training thread waits when the disk fails."""
-    fail = Failure(10**9, errno.ENOSPC)
-    filesystem = FailingFileSystem(fail)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    faults = Faults(fault=errno.ENOSPC)
+    use(monkeypatch, faults)
     state = {"w": torch.randn(8 << 20)}
     with Checkpointer(tmp_path, compression="off", memory_limit=4 << 20) as ckpt:
         ckpt.save(1, state, block=True)
-        fail.at = len(fail.operations) + 3
+        faults.at = len(faults.operations) + 4
         handle = ckpt.save(2, state)
         assert handle is not None
         with pytest.raises(asyncsave.DiskFullError, match="keep fewer checkpoints"):
@@ -163,20 +337,3 @@ def test_a_failed_copy_is_a_staging_error_at_once(
         ckpt.save(2, state_of(2), block=True)
         assert ckpt.steps() == [2]
         assert ckpt.stats.failures == 1
-
-
-def test_a_commit_of_unknown_outcome_removes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Replacing: the names are swapped, then the directory cannot be synced. Both stay."""
-    fail = Failure(10**9, errno.EIO)
-    filesystem = FailingFileSystem(fail)
-    monkeypatch.setattr("asyncsave.single.LocalFileSystem", lambda: filesystem)
-    asyncsave.save({"x": 1}, tmp_path / "a").result()
-    fail.at = len(fail.operations) + 8
-    handle = asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True)
-    with pytest.raises(asyncsave.CommitError):
-        handle.result()
-    assert asyncsave.load(tmp_path / "a") == {"x": 2}
-    (old,) = tmp_path.glob(".a.*")
-    assert asyncsave.load(old) == {"x": 1}
