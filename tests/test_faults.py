@@ -255,6 +255,29 @@ def test_every_operation_of_making_a_run_fails_once(
             assert_same(ckpt.load(), state_of(1))
 
 
+@every_errno
+def test_the_best_stays_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A run goes on whose best checkpoint is of before: its metrics must be read from the disk."""
+    for faults in each_operation(number):
+        directory = tmp_path / str(faults.at)
+        faults.on = False
+        use(monkeypatch, faults)
+        rules: dict[str, Any] = {**SMALL, "keep_best": "loss"}
+        with Checkpointer(directory, **rules) as ckpt:
+            ckpt.save(1, state_of(1), metrics={"loss": 1.0}, block=True)
+        with Checkpointer(directory, **rules) as ckpt:
+            faults.on = True
+            error = ckpt.save(2, state_of(2), metrics={"loss": 3.0}).exception()  # type: ignore
+            faults.on = False
+            assert 1 in ckpt.steps()
+            assert_same(ckpt.load(step=1), state_of(1))
+            assert (2 in ckpt.steps()) == (not isinstance(error, asyncsave.SaveError))
+            ckpt.save(3, state_of(3), metrics={"loss": 2.0}, block=True)
+            assert ckpt.steps() == [1, 3]
+
+
 # -- a single checkpoint ----------------------------------------------------------------------
 
 

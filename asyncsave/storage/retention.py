@@ -247,17 +247,22 @@ class Retention:
         self.own.add(step)
         self._metrics[step] = metrics
         if self._policy != Policy():
-            steps = self.steps()
-            known = {each: self._metrics_of(each) for each in steps}
-            prune(self._filesystem, self.directory, self._policy.doomed(known, step))
+            known = {each: self._metrics_of(each) for each in self.steps()}
+            doomed = self._policy.doomed({each: known[each] or {} for each in known}, step)
+            prune(self._filesystem, self.directory, [e for e in doomed if known[e] is not None])
 
-    def _metrics_of(self, step: int) -> Mapping[str, float | None]:
+    def _metrics_of(self, step: int) -> Mapping[str, float | None] | None:
+        """Return the metrics of a checkpoint; None if the disk does not give them now."""
+        if step not in self._metrics and self._policy.best is None:
+            return {}  # nobody asks for them
         if step not in self._metrics:
             try:
                 path = step_path(self.directory, step)
                 self._metrics[step] = read_record(self._filesystem, path).metrics
             except LoadError as cause:
                 _log.warning("could not read the metrics of step %d: %s", step, cause)
+                if isinstance(cause.__cause__, OSError):
+                    return None  # it may be the best: it stays, and is asked again
                 self._metrics[step] = {}
         return self._metrics[step]
 
