@@ -55,9 +55,11 @@ def save(
     try:
         filesystem.make_directories(target.parent)
         sweep(filesystem, target.parent, target.name)
+        _check_target(filesystem, target, overwrite=overwrite)
+    except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
+        raise
     except OSError as cause:
-        raise write_error("create", target.parent, cause) from cause
-    _check_target(filesystem, target, overwrite=overwrite)
+        raise write_error("create", target, cause) from cause
     pipeline = Pipeline(
         filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
     )

@@ -24,7 +24,7 @@ from asyncsave.storage.commit import hidden_name
 
 from . import counts
 from .faultfs import Fault, FaultFileSystem, Faults
-from .support import assert_same
+from .support import assert_same, eventually
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NUMBERS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EMFILE]
@@ -279,6 +279,42 @@ def test_the_best_stays_whatever_fails(
 
 
 # -- a single checkpoint ----------------------------------------------------------------------
+
+
+@every_errno
+def test_every_operation_of_overwriting_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """After each fault the older one is at the path or the newer one, and nothing else is lost."""
+    path = tmp_path / "new" / "a"
+    version, before = 1, held()
+    asyncsave.save(state_of(1), path, **SMALL).result()
+    seen: set[str] = set()
+    for faults in each_operation(number):
+        shutil.copytree(path, hidden_name(path))  # to be swept
+        use(monkeypatch, faults)
+        error: BaseException | None = None
+        try:
+            handle = asyncsave.save(state_of(version + 1), path, overwrite=True, **SMALL)
+            error = handle.exception()
+        except asyncsave.AsyncSaveError as caught:
+            error = caught
+        faults.on = False
+        assert eventually(lambda: held() == before)  # its threads end after the handle
+        seen |= {faults.hit.kind} if faults.hit else set()
+        if isinstance(error, asyncsave.CommitError):
+            (old,) = path.parent.glob(".a.*")  # what was replaced stays: it may be needed again
+            assert_same(asyncsave.load(old), state_of(version))
+        elif error is not None:
+            assert_is(error, number, tmp_path)
+        version += error is None or isinstance(error, asyncsave.CommitError)
+        assert visible(path.parent) == ["a"]
+        assert_same(asyncsave.load(path), state_of(version))
+        version += 1
+        asyncsave.save(state_of(version), path, overwrite=True, **SMALL).result()
+        assert names(path.parent) == ["a"]
+        assert_same(asyncsave.load(path), state_of(version))
+    assert seen >= {"sync_directory", "exchange", "remove_tree", "list_directory", "is_directory"}
 
 
 # -- loading ----------------------------------------------------------------------------------
