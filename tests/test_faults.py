@@ -320,6 +320,49 @@ def test_every_operation_of_overwriting_fails_once(
 # -- loading ----------------------------------------------------------------------------------
 
 
+class Object:
+    """Loads by itself."""
+
+    def __init__(self, value: int) -> None:
+        self.value = torch.full((100,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"].clone()
+
+
+def live(step: int) -> dict[str, Any]:
+    return {
+        "model": {"w": state_of(step)["w"], "b": state_of(step)["w"][:1000].reshape(10, 100).T},
+        "object": Object(step),
+        "step": step,
+        "losses": [float(step)] * step,
+    }
+
+
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "object": state["object"].state_dict()}
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES, errno.EMFILE, "flip", "short"])
+def test_every_operation_of_verify_misbehaves_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    with Checkpointer(tmp_path, **SMALL) as ckpt:
+        ckpt.save(1, live(1), block=True)
+    before = held()
+    for faults in each_operation(fault):
+        use(monkeypatch, faults)
+        try:
+            asyncsave.verify(tmp_path)
+            assert faults.hit is None
+        except asyncsave.LoadError:
+            assert faults.hit is not None
+        assert held() == before
+
+
 # -- single cases -----------------------------------------------------------------------------
 
 

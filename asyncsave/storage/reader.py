@@ -98,14 +98,21 @@ class Checkpoint:
         path: its directory.
         record: ``checkpoint.json``, validated.
         rank: ``rank-00000.json``, validated.
+        stored_bytes: length of all its files.
     """
 
     def __init__(
-        self, path: Path, record: CheckpointRecord, rank: RankRecord, files: list[ReadableFile]
+        self,
+        path: Path,
+        record: CheckpointRecord,
+        rank: RankRecord,
+        files: list[ReadableFile],
+        manifest_bytes: int,
     ) -> None:
         self.path = path
         self.record = record
         self.rank = rank
+        self.stored_bytes = manifest_bytes + sum(file.nbytes for file in files)
         self._files = files
         self._addresses = list(
             itertools.accumulate((chunk.raw_length for chunk in rank.chunks), initial=0)
@@ -120,7 +127,8 @@ class Checkpoint:
             CheckpointNotFoundError: there is none.
             FormatError, UnsupportedVersionError, IntegrityError: there is one, but it is not sound.
         """
-        record = read_record(filesystem, path)
+        data = _read_first(filesystem, path)
+        record = decode_checkpoint(data, path / CHECKPOINT_FILE)
         entry = record.ranks[0]
         second = path / entry.file
         rank = decode_rank(_read_all(filesystem, second, MAX_RANK_BYTES), entry, second)
@@ -139,7 +147,7 @@ class Checkpoint:
             for opened in files:
                 opened.close()
             raise
-        return cls(path, record, rank, files)
+        return cls(path, record, rank, files, len(data) + entry.length)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -151,14 +159,6 @@ class Checkpoint:
         """Close its files."""
         for file in self._files:
             file.close()
-
-    @property
-    def stored_bytes(self) -> int:
-        """Length of all its files."""
-        manifests = self.path / CHECKPOINT_FILE, self.path / self.record.ranks[0].file
-        return sum(path.stat().st_size for path in manifests) + sum(
-            file.nbytes for file in self._files
-        )
 
     def read(self, runs: Sequence[Run]) -> None:
         """Fill all runs; chunks that no run needs are not read.
@@ -280,8 +280,14 @@ class Checkpoint:
             ]:
                 while end < offset:
                     gap = np.empty(min(offset - end, 1 << 20), np.uint8)
-                    if file.read_into(end, gap.data) != gap.size or gap.any():
-                        name = self.path / self.rank.files[number].name
+                    name = self.path / self.rank.files[number].name
+                    try:
+                        count = file.read_into(end, gap.data)
+                    except OSError as cause:
+                        raise IntegrityError(
+                            f"{name} cannot be read: {cause}", path=name, offset=end
+                        ) from cause
+                    if count != gap.size or gap.any():
                         raise IntegrityError(
                             f"{name} has bytes that are not zero between its frames",
                             path=name,
@@ -331,12 +337,16 @@ def read_record(filesystem: FileSystem, path: Path) -> CheckpointRecord:
     Raises:
         CheckpointNotFoundError, FormatError, UnsupportedVersionError, IntegrityError.
     """
+    return decode_checkpoint(_read_first(filesystem, path), path / CHECKPOINT_FILE)
+
+
+def _read_first(filesystem: FileSystem, path: Path) -> bytes:
     file = path / CHECKPOINT_FILE
     if not filesystem.exists(file):
         raise CheckpointNotFoundError(
             f"there is no checkpoint at {path}: it has no {CHECKPOINT_FILE}"
         )
-    return decode_checkpoint(_read_all(filesystem, file, MAX_CHECKPOINT_BYTES), file)
+    return _read_all(filesystem, file, MAX_CHECKPOINT_BYTES)
 
 
 def _read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
@@ -359,18 +369,23 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
-    """Return the steps of all committed checkpoints, ascending; [] where there is no directory."""
+    """Return the steps of all committed checkpoints, ascending; [] where there is no directory.
+
+    Raises:
+        LoadError: the directory cannot be read.
+    """
+    steps = []
     try:
-        names = filesystem.list_directory(directory)
+        for name in filesystem.list_directory(directory):
+            match = STEP.fullmatch(name)
+            if not match or step_path(directory, int(match[1])).name != name:
+                continue
+            if filesystem.is_directory(directory / name):
+                steps.append(int(match[1]))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = []
-    for name in names:
-        match = STEP.fullmatch(name)
-        if not match or step_path(directory, int(match[1])).name != name:
-            continue
-        if filesystem.is_directory(directory / name):
-            steps.append(int(match[1]))
+    except OSError as cause:
+        raise LoadError(f"{directory} cannot be read: {cause.strerror}") from cause
     return sorted(steps)
 
 
