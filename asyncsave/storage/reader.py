@@ -12,6 +12,7 @@ read.
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
 import os
 import re
@@ -320,14 +321,18 @@ def reader_threads() -> int:
     return max(2, min(8, len(os.sched_getaffinity(0))))
 
 
+_SAYS_NOTHING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Refusals that are no damage: to go on from an older checkpoint would lose work."""
+
+
 def _open(filesystem: FileSystem, path: Path) -> ReadableFile:
     try:
         return filesystem.open(path)
     except FileNotFoundError as cause:
         raise IntegrityError(f"{path} is missing", path=path, offset=0) from cause
-    except PermissionError as cause:
-        raise LoadError(f"{path} may not be read: {cause.strerror}") from cause
     except OSError as cause:
+        if cause.errno in _SAYS_NOTHING:
+            raise LoadError(f"{path} cannot be opened: {cause.strerror}") from cause
         raise IntegrityError(f"{path} cannot be opened: {cause}", path=path, offset=0) from cause
 
 
