@@ -234,11 +234,24 @@ def _apply(checkpoint: Checkpoint, match: Match) -> None:
     new_values = [(put, unflatten(node, bulk.__getitem__)) for put, node in match.values]
     _synchronize(match)  # what is queued for these tensors must not come after the new values
     _load_objects(match, [unflatten(node, bulk.__getitem__) for _, _, node in match.objects])
-    tensors = checkpoint.rank.tensors
-    checkpoint.read([fill_run(tensors[i], into) for i, into in match.fills])
+    _fill(checkpoint, match)
     _synchronize(match)
     for put, value in new_values:
         put(value)
+
+
+def _fill(checkpoint: Checkpoint, match: Match) -> None:
+    """Decode into the live tensors; every byte was found sound just now."""
+    for attempt in (1, 2):
+        try:
+            tensors = checkpoint.rank.tensors
+            checkpoint.read([fill_run(tensors[i], into) for i, into in match.fills])
+            return
+        except IntegrityError as error:
+            # once more: there is no way back to what the tensors were
+            if attempt == 2:
+                error.add_note("it was sound a moment ago, and the state is partly filled from it")
+                raise
 
 
 def _synchronize(match: Match) -> None:

@@ -347,6 +347,34 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES, errno.EMFILE, "flip", "short"])
+@pytest.mark.parametrize("steps", [(1,), (1, 2)], ids=["alone", "two"])
+def test_every_operation_of_a_restore_misbehaves_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, steps: tuple[int, ...]
+) -> None:
+    """Whatever it is: an error and the state as it was, or the state of a checkpoint."""
+    with Checkpointer(tmp_path, **SMALL) as ckpt:
+        for step in steps:
+            ckpt.save(step, live(step), block=True)
+    before = held()
+    outcomes = set()
+    for faults in each_operation(fault):
+        state = live(7)
+        use(monkeypatch, faults)
+        restored: int | None = None
+        try:
+            restored = asyncsave.restore(tmp_path, state)
+            assert restored in steps
+        except asyncsave.LoadError:
+            assert faults.hit is not None
+        assert_same(plain(state), plain(live(restored or 7)))
+        if faults.hit is not None and faults.hit.kind == "open" and fault != errno.EIO:
+            assert restored is None, "it may be sound: going on from an older one would lose work"
+        outcomes.add(restored)
+        assert held() == before
+    assert steps[-1] in outcomes
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EACCES, errno.EMFILE, "flip", "short"])
 def test_every_operation_of_verify_misbehaves_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
