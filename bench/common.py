@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import asyncsave
 
@@ -45,8 +48,39 @@ class Spread:
         return f"{median}\n[dim]{low} … {high}[/dim]"
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What the project promises, and what was measured.
+
+    Attributes:
+        limit: the most it may be; with ``at_least``, the least.
+    """
+
+    name: str
+    measured: float
+    limit: float
+    at_least: bool = False
+
+    def judged(self) -> dict[str, Any]:
+        """Return it with whether it is met."""
+        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return asdict(self) | {"met": met}
+
+
+def show_bars(bars: list[dict[str, Any]], console: Console) -> None:
+    """Print bars that were judged."""
+    table = Table(title="Bars")
+    for name in ("", "measured", "bar", "met"):
+        table.add_column(name, justify="right" if name in ("measured", "bar") else "left")
+    for bar in bars:
+        limit = f"{'≥' if bar['at_least'] else '≤'} {bar['limit']:.4g}"
+        table.add_row(bar["name"], f"{bar['measured']:.4g}", limit, "yes" if bar["met"] else "NO")
+    console.print(table)
+
+
 class PeakMemory:
-    """Samples this process's resident memory in a thread, from entering to leaving.
+    """Samples resident memory in a thread, from entering to leaving: this process's, and what its
+    children have beside what they share.
 
     Attributes:
         before: bytes on entering.
@@ -77,7 +111,12 @@ class PeakMemory:
 
     def now(self) -> int:
         """Return the resident bytes."""
-        return int(self._process.memory_info().rss)
+        resident = int(self._process.memory_info().rss)
+        for child in self._process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                memory = child.memory_info()
+                resident += memory.rss - memory.shared
+        return resident
 
     def _sample(self) -> None:
         while not self._over.wait(self._every_seconds):
