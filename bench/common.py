@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import asyncsave
 
@@ -43,6 +45,26 @@ class Spread:
         """Return the median, and under it the range, in rich's markup."""
         median, low, high = (f"{x / scale:.{digits}f}" for x in (self.median, self.min, self.max))
         return f"{median}\n[dim]{low} … {high}[/dim]"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a figure should be, what it is, and whether that will do; None: it was not measured."""
+
+    bar: str
+    measured: str
+    met: bool | None
+
+
+def show_bars(bars: Iterable[Bar], console: Console) -> None:
+    """Print the bars as a small table."""
+    table = Table()
+    for name in ("bar", "measured", "met"):
+        table.add_column(name)
+    for bar in bars:
+        met = {True: "yes", False: "[bold]no[/bold]", None: "not measured"}[bar.met]
+        table.add_row(bar.bar, bar.measured, met)
+    console.print(table)
 
 
 class PeakMemory:
