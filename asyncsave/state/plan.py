@@ -28,7 +28,6 @@ from __future__ import annotations
 import collections
 import enum
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,10 +152,13 @@ class Planner:
             chunk_bytes: longest chunk, a multiple of ALIGNMENT.
             late: for every leaf, whether its copy may be made until the fence.
         """
-        values = flat.values
+        values: list[Any] = flat.values
         fixed = (chunk_bytes, list(late))
-        places = [_place(value) for value in values]
-        same = self._plan is not None and fixed == self._fixed and self._same_forms(values)
+        same = fixed == self._fixed and len(values) == len(self._forms)
+        places = []
+        for i, value in enumerate(values):  # once: with many tensors, each is in no cache
+            same = same and _form(value) == self._forms[i]
+            places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
         if not same or (places != self._places and not self._still_untied(values, places)):
             self._plan = _make_plan(values, chunk_bytes, late)
             shared: dict[Any, Any] = {}
@@ -166,11 +168,6 @@ class Planner:
         self._places = places
         assert self._plan is not None
         return self._plan
-
-    def _same_forms(self, values: Sequence[Bulk]) -> bool:
-        return len(values) == len(self._forms) and all(
-            map(operator.eq, map(_form, values), self._forms)
-        )
 
     def _still_untied(self, values: Sequence[Bulk], places: list[int]) -> bool:
         """Whether every leaf that moved was alone in its storage, and is so where it is now."""
@@ -188,24 +185,27 @@ class Planner:
         return all(after[self._storages[i]] == 1 for i in moved)
 
 
-def _form(value: Bulk) -> Any:
-    if isinstance(value, torch.Tensor):
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # flatten() lets no others through
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+
+
+def _form(value: Any) -> Any:
+    # a third of what a small tensor costs: every line is 0.05 to 0.15 µs
+    kind = type(value)
+    if kind in _TENSORS:
+        dtype = value.dtype
         return (
             value.shape,
-            value.dtype,
+            dtype,
             value.device,
             None if value.is_contiguous() else value.stride(),
             value.requires_grad,
-            value.is_conj() or value.is_neg(),
-            type(value) is torch.nn.Parameter,
+            value.is_neg() or (dtype in _COMPLEX and value.is_conj()),
+            kind,
         )
-    if isinstance(value, np.ndarray):
+    if kind is np.ndarray:
         return (value.shape, value.dtype)
     return len(value)
-
-
-def _place(value: Bulk) -> int:
-    return value.data_ptr() if isinstance(value, torch.Tensor) else id(value)
 
 
 def _storage(value: Bulk) -> int:
