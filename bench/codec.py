@@ -287,7 +287,7 @@ def measure(
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
-    """Return what the project promises, and what was measured."""
+    """Return what the project promises, and what was measured: of the worst kind each."""
     found = {(row["coding"], row["kind"], row["dtype"]): row for row in rows}
 
     def of(coding: str, kind: str, dtype: str) -> dict[str, Any]:
@@ -304,16 +304,21 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
             for kind in KINDS
             for dtype in DTYPES
         )
-        result = [Bar("stored bytes by ZipNN's, worst kind", longest, 1.005)]
+        result = [Bar.of("stored bytes / ZipNN's", longest, 1.005)]
         for figure, dtype, least in (
             ("encode", "fp32", 2.0),
             ("encode", "bf16", 0.9),
             ("decode", "fp32", 1.2),
         ):
             times = worst(ours, "ZipNN", dtype, figure)
-            result.append(Bar(f"{figure}, {dtype}, by ZipNN, worst kind", times, least, True))
+            result.append(
+                Bar.of(f"{figure}, {dtype}, by ZipNN, worst kind", times, least, at_least=True)
+            )
     zstd = worst(ours, "zstd 3 on raw bytes", "fp32", "encode")
-    return [*result, Bar("encode, fp32, by zstd 3 on raw bytes, worst kind", zstd, 2.0, True)]
+    return [
+        *result,
+        Bar.of("encode, fp32, by zstd 3 on raw bytes, worst kind", zstd, 2.0, at_least=True),
+    ]
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -348,7 +353,6 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, why in results["missing"].items():
             table.add_row(name, why)
         console.print(table)
-    show_bars(results["bars"], console)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -419,7 +423,8 @@ def main(arguments: list[str]) -> int:
         "rows": rows,
         "missing": missing,
     }
-    results["bars"] = [bar.judged() for bar in bars(rows)]
+    judged = bars(rows)
+    results["bars"] = [asdict(bar) for bar in judged]
     if options.json is not None:
         write_json(options.json, results)
         try:
@@ -427,6 +432,7 @@ def main(arguments: list[str]) -> int:
         except ImportError as cause:
             log.print(f"no picture: {cause}")
     show(results, console)
+    show_bars(judged, console)
     return 0
 
 

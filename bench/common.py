@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,31 +50,27 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What the project promises, and what was measured.
+    """What a figure should be, what it is, and whether that will do; None: it was not measured."""
 
-    Attributes:
-        limit: the most it may be; with ``at_least``, the least.
-    """
+    bar: str
+    measured: str
+    met: bool | None
 
-    name: str
-    measured: float
-    limit: float
-    at_least: bool = False
-
-    def judged(self) -> dict[str, Any]:
-        """Return it with whether it is met."""
-        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
-        return asdict(self) | {"met": met}
+    @classmethod
+    def of(cls, what: str, measured: float, limit: float, *, at_least: bool = False) -> Bar:
+        """Return the bar that ``measured`` is at most ``limit``, or at least."""
+        met = measured >= limit if at_least else measured <= limit
+        return cls(f"{what} {'≥' if at_least else '≤'} {limit:g}", f"{measured:.3g}", met)
 
 
-def show_bars(bars: list[dict[str, Any]], console: Console) -> None:
-    """Print bars that were judged."""
-    table = Table(title="Bars")
-    for name in ("", "measured", "bar", "met"):
-        table.add_column(name, justify="right" if name in ("measured", "bar") else "left")
+def show_bars(bars: Iterable[Bar], console: Console) -> None:
+    """Print the bars as a small table."""
+    table = Table()
+    for name in ("bar", "measured", "met"):
+        table.add_column(name)
     for bar in bars:
-        limit = f"{'≥' if bar['at_least'] else '≤'} {bar['limit']:.4g}"
-        table.add_row(bar["name"], f"{bar['measured']:.4g}", limit, "yes" if bar["met"] else "NO")
+        met = {True: "yes", False: "[bold]no[/bold]", None: "not measured"}[bar.met]
+        table.add_row(bar.bar, bar.measured, met)
     console.print(table)
 
 

@@ -289,50 +289,39 @@ def bars(results: dict[str, Any]) -> list[Bar]:
 
     if not {COPY, BARE, DCP, OFF, LEVEL_1, AUTO, PREWARMED} <= rows.keys():
         return []
-    blocked, lost = warm(OFF, "blocked_seconds"), warm(OFF, "lost_seconds")
     peers = [
         name
         for name, row in rows.items()
         if not row["reference"] and row["warm"] and not name.startswith("asyncsave")
     ]
     best = min(warm(name, "lost_seconds") for name in peers)
-    first, peer_first = rows[OFF]["first"]["blocked_seconds"], rows[DCP]["first"]["blocked_seconds"]
-    prewarmed = rows[PREWARMED]["first"]["blocked_seconds"]
+    blocked, durable = warm(OFF, "blocked_seconds"), warm(OFF, "durable_seconds")
+    first, prewarmed, dcp = (
+        rows[name]["first"]["blocked_seconds"] for name in (OFF, PREWARMED, DCP)
+    )
     found = [
-        Bar("blocked, off, by copy into warm memory", blocked / warm(COPY, "blocked_seconds"), 1.5),
-        Bar("blocked, off, by dcp.async_save", blocked / warm(DCP, "blocked_seconds"), 0.5),
-        Bar("first blocked, off, by dcp.async_save's first", first / peer_first, 1.0),
-        Bar("first blocked after prewarm(), by a warm save", prewarmed / blocked, 1.5),
-        Bar("lost, off, by the best peer's", lost / best, 0.6),
-        Bar(
-            "lost, level 1, by dcp.async_save's",
+        ("blocked, off / copy into warm memory", blocked / warm(COPY, "blocked_seconds"), 1.5),
+        ("blocked, off / dcp.async_save", blocked / warm(DCP, "blocked_seconds"), 0.5),
+        ("first blocked, off / dcp.async_save's first", first / dcp, 1.0),
+        ("first blocked after prewarm() / a warm save", prewarmed / blocked, 1.5),
+        ("lost, off / the best peer's", warm(OFF, "lost_seconds") / best, 0.6),
+        (
+            "lost, level 1 / dcp.async_save's",
             warm(LEVEL_1, "lost_seconds") / warm(DCP, "lost_seconds"),
             1.0,
         ),
-        Bar(
-            "durable, off, by a bare O_DIRECT write",
-            warm(OFF, "durable_seconds") / warm(BARE, "durable_seconds"),
-            1.3,
-        ),
-        Bar(
-            "durable, auto, by off",
-            warm(AUTO, "durable_seconds") / warm(OFF, "durable_seconds"),
-            1.1,
-        ),
+        ("durable, off / a bare O_DIRECT write", durable / warm(BARE, "durable_seconds"), 1.3),
+        ("durable, auto / off", warm(AUTO, "durable_seconds") / durable, 1.1),
     ]
-    if results["settings"]["device"] == "cuda" and NO_OVERLAP in rows:
+    judged = [Bar.of(*each) for each in found]
+    if NO_OVERLAP in rows:
         waited = blocked + warm(OFF, "fence_seconds")
         copied = results["state_bytes"] / warm(NO_OVERLAP, "blocked_seconds")
-        found += [
-            Bar("blocked + fence, by 10 steps", waited / 10 / results["plain_step_seconds"], 0.01),
-            Bar(
-                "copied from the device, by pinned bandwidth",
-                copied / pinned_bandwidth(),
-                0.8,
-                True,
-            ),
+        judged += [
+            Bar.of("blocked + fence / 10 steps", waited / 10 / results["plain_step_seconds"], 0.01),
+            Bar.of("copied / pinned bandwidth", copied / pinned_bandwidth(), 0.8, at_least=True),
         ]
-    return found
+    return judged
 
 
 def pinned_bandwidth() -> float:
@@ -375,8 +364,6 @@ def show(results: dict[str, Any], console: Console) -> None:
     for row in results["rows"]:
         if row["why"] is not None:
             console.print(escape(f"{row['name']}: {row['why']}"))
-    if results["bars"]:
-        show_bars(results["bars"], console)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -495,7 +482,8 @@ def main(arguments: list[str]) -> int:
         "rows": [summarize(row, plain_step) for row in rows],
         "cycles": [asdict(cycle) for row in rows for cycle in row.cycles],
     }
-    results["bars"] = [bar.judged() for bar in bars(results)]
+    judged = bars(results)
+    results["bars"] = [asdict(bar) for bar in judged]
     if options.json is not None:
         write_json(options.json, results)
         try:
@@ -504,6 +492,7 @@ def main(arguments: list[str]) -> int:
         except ImportError as cause:
             log.print(f"no pictures: {cause}")
     show(results, console)
+    show_bars(judged, console)
     log.print(f"{results['run_seconds']:.0f} s in all")
     return 0
 

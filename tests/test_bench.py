@@ -100,7 +100,7 @@ def test_stall(tmp_path: Path) -> None:
 
     assert results["state_bytes"] > 12 * results["parameters"]
     assert len(results["bars"]) == 8
-    assert "durable, off, by a bare O_DIRECT write" in printed
+    assert "durable, off / a bare O_DIRECT write" in printed
 
 
 def test_codec(tmp_path: Path) -> None:
@@ -118,4 +118,4 @@ def test_codec(tmp_path: Path) -> None:
         assert ours["encode"]["median"] > 0
         assert ours["decode_all"]["median"] > 0
         assert rows["asyncsave, level 22", kind, dtype]["encode_all"] is None
-    assert "by zstd 3 on raw bytes" in printed
+    assert "/ zstd 3 on raw bytes" in printed

@@ -190,7 +190,10 @@ class _Flattener:
     def _tensor(self, value: torch.Tensor, name: str, depth: int) -> Node:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise StateError(_tensor_refusal(value, name))
-        return self._bulk(value, name)
+        flat = self._flat  # as in _bulk(), without the call
+        flat.names.append(name)
+        flat.values.append(value)
+        return TensorNode(len(flat.values) - 1)
 
     def _array(self, value: np.ndarray[Any, Any], name: str, depth: int) -> Node:
         if value.dtype.kind not in "?biufcSUMm" or value.dtype.itemsize == 0:

@@ -59,7 +59,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
 
-class ShardRecord(_Record, frozen=True):
+class ShardRecord(_Record, frozen=True, gc=False):
     """The piece of a tensor that this rank holds.
 
     ``start`` is the address of its first element in the rank's address space; ``strides``
@@ -73,7 +73,7 @@ class ShardRecord(_Record, frozen=True):
     shape: list[int] | None = None
 
 
-class TensorRecord(_Record, frozen=True):
+class TensorRecord(_Record, frozen=True, gc=False):
     name: str
     dtype: str
     shape: list[int]
@@ -83,7 +83,7 @@ class TensorRecord(_Record, frozen=True):
     parameter: bool = False
 
 
-class ChunkRecord(_Record, frozen=True):
+class ChunkRecord(_Record, frozen=True, gc=False):
     """``xxh3_128`` is of the stored bytes, ``raw_xxh3_128`` of what they decode to."""
 
     offset: int
