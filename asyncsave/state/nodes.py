@@ -24,6 +24,13 @@ MAX_DEPTH = 64
 
 _HEX_INT = re.compile("-?[0-9a-f]+")
 
+# Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
+_TORCH_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+
 
 class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):
     pass
@@ -159,19 +166,24 @@ def plain(node: Node) -> Any:
         case SizeNode():
             return torch.Size(node.dims)
         case DtypeNode():
-            dtype = getattr(torch, node.name, None)
-            if not isinstance(dtype, torch.dtype):
-                raise UnsupportedVersionError(
-                    f"the checkpoint names the dtype {node.name!r:.40}, which this torch does not "
-                    "know: install a newer one"
-                )
-            return dtype
+            return _torch_dtype(node.name)
         case DeviceNode():
             return torch.device(node.name)
         case NumpyNode():
             return numpy_scalar(node)
         case _:
             return node
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name in _TORCH_DTYPES:
+        return _TORCH_DTYPES[name]
+    if not name.isidentifier() or len(name) > 40:
+        raise FormatError(f"the checkpoint names the dtype {name!r:.40}, which is no name of one")
+    raise UnsupportedVersionError(
+        f"the checkpoint names the dtype {name!r}, which this torch does not know: install a newer "
+        "one"
+    )
 
 
 def numpy_scalar(node: NumpyNode) -> np.generic:

@@ -360,9 +360,9 @@ def item_bytes(tensor: TensorRecord) -> int:
         return _ITEM_BYTES[tensor.dtype]
     if tensor.kind == "bytes" and tensor.dtype == "uint8":
         return 1
-    if tensor.kind == "torch" and tensor.dtype.isidentifier():
+    if tensor.kind == "torch" and tensor.dtype.isidentifier() and len(tensor.dtype) <= 40:
         raise UnsupportedVersionError(
-            f"{tensor.name!r:.80} has dtype {tensor.dtype:.40}, which this torch does not know: "
+            f"{tensor.name!r:.80} has dtype {tensor.dtype}, which this torch does not know: "
             "install a newer one"
         )
     raise FormatError(
