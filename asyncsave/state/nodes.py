@@ -24,6 +24,9 @@ MAX_DEPTH = 64
 
 _HEX_INT = re.compile("-?[0-9a-f]+")
 
+# What `dtype.str` can be. numpy.dtype() takes far more: it warns of some, and evaluates others.
+_NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm][0-9]{1,10}(\[[0-9]{0,10}[A-Za-z]{1,2}\])?")
+
 # Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
 _TORCH_DTYPES = {
     str(value).removeprefix("torch."): value
@@ -191,18 +194,22 @@ def numpy_scalar(node: NumpyNode) -> np.generic:
     dtype = numpy_dtype(node.dtype)
     if dtype.itemsize != len(node.data):
         raise FormatError(f"a NumPy scalar of dtype {node.dtype!r} has {len(node.data)} bytes")
+    if dtype.kind == "U":
+        points = np.frombuffer(node.data, dtype.str[0] + "u4")
+        if points.max() > 0x10FFFF:  # Python would raise SystemError
+            raise FormatError("a NumPy scalar has characters that are beyond Unicode")
     return np.frombuffer(node.data, dtype=dtype)[0]  # type: ignore[no-any-return]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype that ``name`` (a ``dtype.str``) says, if it is one that can be saved."""
     try:
-        dtype = np.dtype(name) if len(name) <= 32 else None
-    except (TypeError, ValueError, SyntaxError):
+        dtype = np.dtype(name) if _NUMPY_DTYPE.fullmatch(name) else None
+    except (TypeError, ValueError):
         dtype = None
     if dtype is not None and dtype.kind in "mM" and np.datetime_data(dtype)[1] < 1:
         dtype = None
-    if dtype is None or dtype.kind not in "?biufcSUMm" or dtype.str != name or not dtype.itemsize:
+    if dtype is None or dtype.str != name or not dtype.itemsize:
         raise FormatError(
             f"the checkpoint names the NumPy dtype {name!r:.40}, which is not allowed"
         )
