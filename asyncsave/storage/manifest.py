@@ -421,8 +421,9 @@ def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
         raise
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has an impossible value in its tree: {cause}") from cause
-    if isinstance(node, (DictNode, OrderedDictNode)):
-        fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
-        _require(fits, path, "dict in the tree")
     for child in parts(node):
         _validate_tree(child, tensors, path, depth + 1)
+    if isinstance(node, (DictNode, OrderedDictNode)):
+        # after its parts: is_key follows a key all the way down
+        fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
+        _require(fits, path, "dict in the tree")
