@@ -8,6 +8,7 @@ no threads, no files, no clock.
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from collections.abc import Sequence
@@ -27,13 +28,15 @@ from ..state.nodes import (
     Node,
     OrderedDictNode,
     TensorNode,
+    TupleNode,
     is_key,
+    key_name,
     numpy_dtype,
     parts,
     plain,
 )
 from ..state.plan import Plan
-from ..state.tree import IMPOSSIBLE, named_tuple
+from ..state.tree import IMPOSSIBLE, named_tuple, unflatten
 
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
@@ -43,6 +46,7 @@ MAX_RANK_BYTES = 512 << 20
 MAX_CHUNK_BYTES = 1 << 30
 MAX_DIMS = 64
 _MAX_BYTES = 1 << 62
+_MAX_ONE_HASH = 64
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 _ITEM_BYTES = {
@@ -427,3 +431,22 @@ def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
         # after its parts: is_key follows a key all the way down
         fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
         _require(fits, path, "dict in the tree")
+        if not all(type(key) is str for key in node.keys):
+            _validate_keys(node.keys, path)
+        elif len(set(node.keys)) < len(node.keys):  # type: ignore[arg-type]
+            raise FormatError(f"{path} has a dict in which one key is there twice")
+
+
+def _validate_keys(nodes: list[Node], path: object) -> None:
+    try:
+        keys = unflatten(TupleNode(nodes), dict[int, object]().__getitem__)
+        hashes = collections.Counter(hash(key) for key in keys)
+        for node in nodes:
+            key_name(node)
+    except IMPOSSIBLE as cause:
+        raise FormatError(f"{path} has a dict with an impossible key: {cause!s:.200}") from cause
+    # numbers can be chosen such that all have one hash, and looking them up takes quadratic time
+    if max(hashes.values()) > _MAX_ONE_HASH:
+        raise FormatError(f"{path} has a dict in which too many keys have the same hash")
+    if len(set(keys)) < len(keys):
+        raise FormatError(f"{path} has a dict in which one key is there twice")
