@@ -393,6 +393,8 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
     _require(width > 0 and len(tensor.shape) <= MAX_DIMS, path, what)
     _require(all(0 <= size < _MAX_BYTES for size in tensor.shape), path, what)
     _require(math.prod(tensor.shape) * width <= _MAX_BYTES, path, what)
+    if tensor.kind == "numpy":  # which multiplies the other sizes though one is 0
+        _require(math.prod(size or 1 for size in tensor.shape) * width <= _MAX_BYTES, path, what)
     _require(len(tensor.shards) == 1, path, what)
     shard = tensor.shards[0]
     if shard.strides is not None:
