@@ -167,6 +167,8 @@ def plain(node: Node) -> Any:
         case StrNode():
             return node.data.decode("utf-8", "surrogatepass")
         case SizeNode():
+            if not all(-(2**63) <= dim < 2**63 for dim in node.dims):
+                raise FormatError("the checkpoint has a torch.Size with a number beyond 64 bits")
             return torch.Size(node.dims)
         case DtypeNode():
             return _torch_dtype(node.name)
