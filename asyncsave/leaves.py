@@ -61,6 +61,7 @@ class Block:
         self.members: list[int] = []
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._pad = 0
+        self._bytes: dict[int, bytes] = {}
 
     def allocate(self, tensors: Sequence[TensorRecord]) -> None:
         """Take memory such that every member is aligned to its elements."""
@@ -89,7 +90,10 @@ class Block:
             return _tensor(self.memory, offset, record)
         raw = self.memory.numpy()[offset : offset + extent_bytes(record)]
         if record.kind == "bytes":
-            return raw.tobytes()
+            # bytes with the same start are the same, and one object suffices
+            if offset not in self._bytes:
+                self._bytes[offset] = raw.tobytes()
+            return self._bytes[offset]
         if raw.size == 0:
             return np.empty(record.shape, numpy_dtype(record.dtype))
         return raw.view(numpy_dtype(record.dtype)).reshape(record.shape)

@@ -9,6 +9,7 @@ no threads, no files, no clock.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -324,6 +325,7 @@ def _validate_rank(record: RankRecord, path: object) -> None:
     total = sum(chunk.raw_length for chunk in record.chunks)
     for tensor in record.tensors:
         _validate_tensor(tensor, total, path)
+    _validate_bytes(record, path)
     _validate_tree(record.tree, len(record.tensors), path, 0)
 
 
@@ -410,6 +412,17 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
     if tensor.requires_grad:
         dtype: torch.dtype = getattr(torch, tensor.dtype)
         _require(dtype.is_floating_point or dtype.is_complex, path, what)
+
+
+def _validate_bytes(record: RankRecord, path: object) -> None:
+    """Bytes values are copies: if they could overlap, few bytes would become very many."""
+    ranges = {
+        (tensor.shards[0].start, tensor.shards[0].start + extent_bytes(tensor))
+        for tensor in record.tensors
+        if tensor.kind == "bytes" and extent_bytes(tensor)
+    }
+    for (_, stop), (start, _) in itertools.pairwise(sorted(ranges)):
+        _require(start >= stop, path, "place of its bytes values, which overlap,")
 
 
 def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
