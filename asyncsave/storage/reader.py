@@ -278,7 +278,8 @@ class Checkpoint:
                 *((chunk.offset, chunk.length) for chunk in sorted(chunks, key=lambda c: c.offset)),
                 (file.nbytes, 0),
             ]:
-                while end < offset:
+                # a hole may be far longer than anybody wants to read
+                while (end := file.skip_hole(end)) < offset:
                     gap = np.empty(min(offset - end, 1 << 20), np.uint8)
                     if file.read_into(end, gap.data) != gap.size or gap.any():
                         name = self.path / self.rank.files[number].name
