@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from ..codec.planes import plane_lengths
-from ..errors import FormatError, IntegrityError, StateError, UnsupportedVersionError
+from ..errors import FormatError, IntegrityError, LoadError, StateError, UnsupportedVersionError
 from ..state.nodes import (
     CONTAINERS,
     MAX_DEPTH,
@@ -170,7 +170,7 @@ _PREFIX = b'{"xxh3_128":"'
 _DIGEST_END = len(_PREFIX) + 32
 
 
-def digest(data: bytes | memoryview) -> str:
+def digest(data: bytes | bytearray | memoryview) -> str:
     """Return the xxh3-128 of ``data`` as 32 lower-case hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -245,7 +245,7 @@ def encode_manifests(
     return rank_bytes, checkpoint_bytes
 
 
-def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
+def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord:
     """Return the validated record in the bytes of a ``checkpoint.json``.
 
     Raises:
@@ -253,7 +253,7 @@ def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
         UnsupportedVersionError: it is sound, and of a newer format.
         FormatError: it contradicts itself.
     """
-    rest = data[_DIGEST_END:]
+    rest = memoryview(data)[_DIGEST_END:]
     stated = data[len(_PREFIX) : _DIGEST_END]
     if data[: len(_PREFIX)] != _PREFIX or digest(rest).encode() != stated:
         raise IntegrityError(
@@ -280,7 +280,7 @@ def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
     return record
 
 
-def decode_rank(data: bytes, entry: RankFileRecord, path: object) -> RankRecord:
+def decode_rank(data: bytes | bytearray, entry: RankFileRecord, path: object) -> RankRecord:
     """Return the validated record in the bytes of a rank manifest.
 
     Raises:
@@ -302,9 +302,11 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _decode(data: bytes, kind: type[_T], path: object) -> _T:
+def _decode(data: bytes | bytearray, kind: type[_T], path: object) -> _T:
     try:
         return msgspec.json.decode(data, type=kind)
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for the records in {path}") from cause
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as cause:
         raise FormatError(f"{path} is not a manifest of asyncsave: {cause}") from cause
 

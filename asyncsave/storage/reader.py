@@ -123,7 +123,8 @@ class Checkpoint:
         record = read_record(filesystem, path)
         entry = record.ranks[0]
         second = path / entry.file
-        rank = decode_rank(_read_all(filesystem, second, MAX_RANK_BYTES), entry, second)
+        data = _read_all(filesystem, second, MAX_RANK_BYTES, exactly=entry.length)
+        rank = decode_rank(data, entry, second)
         files: list[ReadableFile] = []
         try:
             for file in rank.files:
@@ -340,18 +341,29 @@ def read_record(filesystem: FileSystem, path: Path) -> CheckpointRecord:
     return decode_checkpoint(_read_all(filesystem, file, MAX_CHECKPOINT_BYTES), file)
 
 
-def _read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
+def _read_all(
+    filesystem: FileSystem, path: Path, limit: int, exactly: int | None = None
+) -> bytes | bytearray:
     file = _open(filesystem, path)
     try:
+        if exactly is not None and file.nbytes != exactly:
+            raise IntegrityError(
+                f"{path} is {file.nbytes} bytes long, not {exactly}",
+                path=path,
+                offset=min(file.nbytes, exactly),
+            )
         if file.nbytes > limit:
             raise FormatError(f"{path} is {file.nbytes} bytes long; at most {limit} are allowed")
         buffer = bytearray(file.nbytes)
         count = file.read_into(0, memoryview(buffer))
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for the {file.nbytes} bytes of {path}") from cause
     except OSError as cause:
         raise IntegrityError(f"{path} cannot be read: {cause}", path=path, offset=0) from cause
     finally:
         file.close()
-    return bytes(buffer[:count])
+    del buffer[count:]
+    return buffer
 
 
 def step_path(directory: Path, step: int) -> Path:
