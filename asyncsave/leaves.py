@@ -73,12 +73,7 @@ class Block:
                 break
         else:
             raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
-        try:
-            self.memory = torch.empty(self.stop - self.start + self._pad, dtype=torch.uint8)
-        except RuntimeError as cause:
-            raise LoadError(
-                f"the checkpoint needs {self.stop - self.start} bytes for one tensor: {cause}"
-            ) from cause
+        self.memory = _memory(self.stop - self.start + self._pad)
 
     def array(self) -> Bytes:
         return self.memory.numpy()[self._pad :]
@@ -97,6 +92,13 @@ class Block:
         if raw.size == 0:
             return np.empty(record.shape, numpy_dtype(record.dtype))
         return raw.view(numpy_dtype(record.dtype)).reshape(record.shape)
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as cause:
+        raise LoadError(f"there is no memory for a tensor of {nbytes} bytes: {cause}") from cause
 
 
 def _tensor(memory: torch.Tensor, offset: int, record: TensorRecord) -> torch.Tensor:
@@ -155,7 +157,7 @@ def _detour(record: TensorRecord, start: int, nbytes: int, put: Callable[[Any], 
     block = Block(start, start + nbytes)
 
     def memory() -> Bytes:
-        block.memory = torch.empty(nbytes, dtype=torch.uint8)
+        block.memory = _memory(nbytes)
         return block.array()
 
     def finish() -> None:

@@ -40,6 +40,8 @@ from .manifest import (
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+_SCRATCH_BYTES = 512 << 20
+"""What reading threads take in all, except that one may take three times the longest chunk."""
 
 STEP = re.compile(r"step-([0-9]{9,18})")
 """The names of checkpoints in a run directory."""
@@ -213,7 +215,9 @@ class Checkpoint:
                 stop.set()
                 raise
 
-        threads = min(reader_threads(), len(indices))
+        # each thread has room for a frame, its planes and the chunk
+        threads = min(reader_threads(), len(indices), _SCRATCH_BYTES // (3 * self._longest))
+        threads = max(1, threads)
         with ThreadPoolExecutor(threads, thread_name_prefix="asyncsave-read") as pool:
             futures = [pool.submit(run, i) for i in indices]
         for future in futures:
@@ -305,10 +309,13 @@ class _Worker:
     """The scratch memory of one reading thread."""
 
     def __init__(self, longest: int) -> None:
-        # untouched memory costs nothing: what a checkpoint does not need is never used
-        self.stored: Bytes = np.empty(longest, np.uint8)
-        self.raw: Bytes = np.empty(longest, np.uint8)
-        self.decoder = Decoder(longest)
+        try:
+            # untouched memory costs nothing: what a checkpoint does not need is never used
+            self.stored: Bytes = np.empty(longest, np.uint8)
+            self.raw: Bytes = np.empty(longest, np.uint8)
+            self.decoder = Decoder(longest)
+        except MemoryError as cause:
+            raise LoadError(f"there is no memory to read a chunk of {longest} bytes") from cause
 
 
 def reader_threads() -> int:
