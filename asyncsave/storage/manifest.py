@@ -441,7 +441,7 @@ def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
     except FormatError:
         raise
     except IMPOSSIBLE as cause:
-        raise FormatError(f"{path} has an impossible value in its tree: {cause}") from cause
+        raise FormatError(f"{path} has an impossible value in its tree: {cause!s:.200}") from cause
     for child in parts(node):
         _validate_tree(child, tensors, path, depth + 1)
     if isinstance(node, (DictNode, OrderedDictNode)):
