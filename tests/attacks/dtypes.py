@@ -1,4 +1,4 @@
-"""Names of dtypes that are looked up, and find something else: an attribute, a module, an object."""
+"""Names of dtypes that are looked up, and find another thing: an attribute, a module, an object."""
 
 from __future__ import annotations
 

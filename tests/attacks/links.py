@@ -1,4 +1,4 @@
-"""A file of the checkpoint is a link: to a secret, to a device without end, to itself, to a twin."""
+"""A file of the checkpoint is a link: to a secret, to an endless device, to itself, to a twin."""
 
 from __future__ import annotations
 
