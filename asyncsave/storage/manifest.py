@@ -8,7 +8,6 @@ no threads, no files, no clock.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import math
 import re
@@ -21,23 +20,9 @@ import xxhash
 
 from ..codec.planes import plane_lengths
 from ..errors import FormatError, IntegrityError, LoadError, StateError, UnsupportedVersionError
-from ..state.nodes import (
-    CONTAINERS,
-    MAX_DEPTH,
-    DictNode,
-    NamedTupleNode,
-    Node,
-    OrderedDictNode,
-    TensorNode,
-    TupleNode,
-    is_key,
-    key_name,
-    numpy_dtype,
-    parts,
-    plain,
-)
+from ..state.nodes import Node, numpy_dtype
 from ..state.plan import Plan
-from ..state.tree import IMPOSSIBLE, named_tuple, unflatten
+from ..state.validate import validate_tree
 
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
@@ -47,7 +32,6 @@ MAX_RANK_BYTES = 512 << 20
 MAX_CHUNK_BYTES = 1 << 30
 MAX_DIMS = 64
 _MAX_BYTES = 1 << 62
-_MAX_ONE_HASH = 64
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 _ITEM_BYTES = {
@@ -328,7 +312,7 @@ def _validate_rank(record: RankRecord, path: object) -> None:
     for tensor in record.tensors:
         _validate_tensor(tensor, total, path)
     _validate_bytes(record, path)
-    _validate_tree(record.tree, len(record.tensors), path, 0)
+    validate_tree(record.tree, len(record.tensors), path)
 
 
 def _validate_chunks(record: RankRecord, path: object) -> None:
@@ -425,45 +409,3 @@ def _validate_bytes(record: RankRecord, path: object) -> None:
     }
     for (_, stop), (start, _) in itertools.pairwise(sorted(ranges)):
         _require(start >= stop, path, "place of its bytes values, which overlap,")
-
-
-def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
-    _require(depth <= 2 * MAX_DEPTH, path, "depth of the tree")
-    if isinstance(node, TensorNode):
-        _require(0 <= node.i < tensors, path, "number of a tensor in the tree")
-        return
-    try:
-        if isinstance(node, NamedTupleNode):
-            _require(len(node.fields) == len(node.items), path, "NamedTuple in the tree")
-            named_tuple(node.name, tuple(node.fields))
-        elif not isinstance(node, CONTAINERS):
-            plain(node)
-    except FormatError:
-        raise
-    except IMPOSSIBLE as cause:
-        raise FormatError(f"{path} has an impossible value in its tree: {cause!s:.200}") from cause
-    for child in parts(node):
-        _validate_tree(child, tensors, path, depth + 1)
-    if isinstance(node, (DictNode, OrderedDictNode)):
-        # after its parts: is_key follows a key all the way down
-        fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
-        _require(fits, path, "dict in the tree")
-        if not all(type(key) is str for key in node.keys):
-            _validate_keys(node.keys, path)
-        elif len(set(node.keys)) < len(node.keys):  # type: ignore[arg-type]
-            raise FormatError(f"{path} has a dict in which one key is there twice")
-
-
-def _validate_keys(nodes: list[Node], path: object) -> None:
-    try:
-        keys = unflatten(TupleNode(nodes), dict[int, object]().__getitem__)
-        hashes = collections.Counter(hash(key) for key in keys)
-        for node in nodes:
-            key_name(node)
-    except IMPOSSIBLE as cause:
-        raise FormatError(f"{path} has a dict with an impossible key: {cause!s:.200}") from cause
-    # numbers can be chosen such that all have one hash, and looking them up takes quadratic time
-    if max(hashes.values()) > _MAX_ONE_HASH:
-        raise FormatError(f"{path} has a dict in which too many keys have the same hash")
-    if len(set(keys)) < len(keys):
-        raise FormatError(f"{path} has a dict in which one key is there twice")
