@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import struct
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -339,6 +340,9 @@ def named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     # namedtuple() refuses whatever is not an identifier, so no record can smuggle in code
     if len(fields) > 256 or len(name) > 256 or any(len(part) > 256 for part in fields):
         raise FormatError("the checkpoint has a NamedTuple with too many or too long names")
+    # Python reads identifiers in their normal form, so that two different ones may be the same
+    if any(unicodedata.normalize("NFKC", part) != part for part in (name, *fields)):
+        raise FormatError(f"the checkpoint has a NamedTuple {name!r} with names not in normal form")
     key = (name, fields)
     if key not in _made:
         if len(_made) >= 1024:
