@@ -130,8 +130,8 @@ class Checkpoint:
             CheckpointNotFoundError: there is none.
             FormatError, UnsupportedVersionError, IntegrityError: there is one, but it is not sound.
         """
-        data = _read_first(filesystem, path)
-        record = decode_checkpoint(data, path / CHECKPOINT_FILE)
+        first = _read_first(filesystem, path)
+        record = decode_checkpoint(first, path / CHECKPOINT_FILE)
         entry = record.ranks[0]
         second = path / entry.file
         data = _read_all(filesystem, second, MAX_RANK_BYTES, exactly=entry.length)
@@ -151,7 +151,7 @@ class Checkpoint:
             for opened in files:
                 opened.close()
             raise
-        return cls(path, record, rank, files, len(data) + entry.length)
+        return cls(path, record, rank, files, len(first) + len(data))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -354,7 +354,7 @@ def read_record(filesystem: FileSystem, path: Path) -> CheckpointRecord:
     return decode_checkpoint(_read_first(filesystem, path), path / CHECKPOINT_FILE)
 
 
-def _read_first(filesystem: FileSystem, path: Path) -> bytes:
+def _read_first(filesystem: FileSystem, path: Path) -> bytes | bytearray:
     file = path / CHECKPOINT_FILE
     if not filesystem.exists(file):
         raise CheckpointNotFoundError(
