@@ -317,6 +317,37 @@ def test_with_a_device_that_copies_at_its_own_pace(tmp_path: Path, waves: bool) 
     device.close()
 
 
+@pytest.mark.parametrize("owner", ["model", "optimizer"])
+def test_memory_that_is_being_copied_is_kept(tmp_path: Path, owner: str) -> None:
+    """``tensor.data = …``, as module.to() and offloading do, frees memory: not before its copy."""
+    array = np.array([range(1000)], dtype=np.float32)
+    alive = weakref.ref(array)
+    model = torch.nn.Linear(1000, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    tensor: torch.Tensor = torch.from_numpy(array)
+    del array
+    if owner == "model":
+        tensor = model.weight = torch.nn.Parameter(tensor)
+    else:
+        optimizer.state[model.weight]["momentum_buffer"] = tensor
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    state = {"model": model} if owner == "model" else {"optimizer": optimizer}
+    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    (event,) = device.copies
+    assert not event.query(), "it is late"
+    event.pairs = [(event.pairs[0][0], torch.arange(1000.0).view(1, 1000))]  # queues hold no tensor
+    tensor.data = torch.zeros(3)
+    gc.collect()
+    assert alive() is not None
+    device.finish()
+    handle.result(20)
+    gc.collect()
+    assert alive() is None, "and not longer than that"
+    assert torch.equal(tensors_of(asyncsave.load(tmp_path / "a"))[0][0], torch.arange(1000.0))
+    pipeline.close()
+
+
 # -- what a version counter does not see: the README's limit --------------------------------------
 
 
