@@ -45,6 +45,7 @@ from .storage.filesystem import FileSystem
 from .storage.manifest import ChunkRecord, digest, encode_manifests, tensor_records
 from .storage.writer import DataWriter
 from .task import Frame, Save, Target
+from .watchdog import STALL_WARNING_SECONDS, Watchdog
 from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
@@ -70,6 +71,7 @@ class Pipeline:
         memory_limit: MemoryLimit,
         overlap: bool,
         durable: bool,
+        stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
         once: bool = False,
         transport: Transport | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class Pipeline:
         self._byte_planes = compression is None or compression.byte_planes
         self._memory = Memory(memory_limit, compression)
         self._durable = durable
+        self._stall_warning_seconds = stall_warning_seconds
         self._once = once
         self._planner = Planner()
         self._snapshotter = Snapshotter(transport, overlap=overlap)
@@ -118,7 +121,8 @@ class Pipeline:
         flat = flatten(state)
         plan = self._fit(flat)
         handle = SaveHandle(target.step, target.path)
-        save = Save(target, flat, plan, handle, began)
+        watchdog = Watchdog(target.path, self._stall_warning_seconds)
+        save = Save(target, flat, plan, handle, watchdog, began)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
         self._chooser.begin_save()
@@ -224,10 +228,13 @@ class Pipeline:
     async def _run(self, save: Save) -> None:
         report: SaveReport | None = None
         error: BaseException | None = None
+        save.watchdog.start()
         try:
             report = await self._write(save)
         except BaseException as caught:  # whatever it is, it belongs to who holds the handle
             error = save.staging_error or caught
+        finally:
+            save.watchdog.close()
         if error is not None and not isinstance(error, (AsyncSaveError, KeyboardInterrupt)):
             wrapped = SaveError(f"saving {save.target.path} failed: {error!r}")
             wrapped.__cause__ = error
@@ -245,25 +252,35 @@ class Pipeline:
 
     async def _write(self, save: Save) -> SaveReport:
         """Take a save from its first staged chunk to its commit, or undo it."""
-        draft = None
+        draft, watchdog = None, save.watchdog
         writer: DataWriter | None = None
         encoding: asyncio.Task[None] | None = None
         futures: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue()
         try:
+            watchdog.writing("creating files")
             draft = await self._call(begin, self._filesystem, save.target.path)
             writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
             encoding = asyncio.create_task(self._encode_all(save, futures))
             encoding.add_done_callback(lambda _: futures.put_nowait(None))
+            watchdog.writing("")
             while (future := await futures.get()) is not None:
-                await self._append(save, await future, writer)
+                watchdog.writing("encoding")
+                frame = await future
+                watchdog.writing(f"writing at offset {writer.nbytes}")
+                await self._append(save, frame, writer)
+                watchdog.writing("")
             await encoding
             if self._durable:
+                watchdog.writing("syncing the data file")
                 before = writer.write_seconds
                 await writer.sync()
                 self._chooser.wrote(0, writer.write_seconds - before)
+            watchdog.writing("closing the data file")
             await writer.close()
+            watchdog.writing("syncing and committing")
             stored = await self._call(self._commit, save, draft, writer.nbytes)
         except BaseException as error:
+            watchdog.writing("cleaning up after it failed")
             self._fail(save)
             if encoding is not None:
                 await asyncio.wait([encoding])
@@ -276,6 +293,7 @@ class Pipeline:
                 await self._call(discard, self._filesystem, draft)
             raise
         report = await self._call(self._report, save, stored)
+        watchdog.writing("removing older checkpoints")
         try:
             await self._call(save.target.then)
         except Exception:
@@ -286,8 +304,10 @@ class Pipeline:
         self, save: Save, futures: asyncio.Queue[asyncio.Future[Frame] | None]
     ) -> None:
         """Hand staged chunks to the encoders as they come, and their results on in that order."""
+        save.watchdog.feeding("copying the state in the thread that saves")
         while (staged := await save.queue.get()) is not None:
             if staged.event is not None:
+                save.watchdog.feeding("copying from the device")
                 await self._call(staged.event.synchronize)
                 if staged.late is not None:
                     staged.late.settle(staged.chunk.index)
@@ -295,11 +315,13 @@ class Pipeline:
             if self._chooser.pick():
                 # In the order of the chunks, which is the order they are written in: otherwise
                 # later chunks could take all frames, and the one that is waited for find none.
+                save.watchdog.feeding("waiting for memory to encode into")
                 room = await self._call(self._frame_for, save)
                 if room is None:
                     continue  # the save has failed; go on to the end of the queue
             future = self._loop.run_in_executor(self._encode, self._encode_one, save, staged, room)
             futures.put_nowait(future)
+            save.watchdog.feeding("copying the state in the thread that saves")
         if save.staging_error is not None:
             raise save.staging_error
         if save.failed.is_set():

@@ -17,6 +17,7 @@ from .state.plan import Chunk, Plan
 from .state.tree import Flat
 from .storage.manifest import ChunkRecord
 from .storage.writer import padded
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,21 @@ class Frame:
 class Save:
     """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
 
-    def __init__(self, target: Target, flat: Flat, plan: Plan, handle: SaveHandle, began: float):
+    def __init__(
+        self,
+        target: Target,
+        flat: Flat,
+        plan: Plan,
+        handle: SaveHandle,
+        watchdog: Watchdog,
+        began: float,
+    ) -> None:
         self.target = target
         self.tree = flat.tree
         self.names = flat.names
         self.plan = plan
         self.handle = handle
+        self.watchdog = watchdog
         self.began = began
         self.late: LateCopies | None = None
         self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()

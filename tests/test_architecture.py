@@ -25,6 +25,7 @@ ORDER = [
     "storage",
     "memory",
     "handle",
+    "watchdog",
     "task",
     "workers",
     "pipeline",

@@ -167,7 +167,8 @@ def _guards(flat: Flat, plan: Plan, chunk: Chunk) -> list[tuple[str, torch.Tenso
         leaf = plan.sources[piece.source].leaf
         value = flat.values[leaf]
         assert isinstance(value, torch.Tensor)
-        guards.append((flat.names[leaf], value, value._version))
+        # detached: it shares the version, and keeps the memory even if `value.data = …` lets it go
+        guards.append((flat.names[leaf], value.detach(), value._version))
     return guards
 
 
