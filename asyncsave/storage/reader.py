@@ -286,22 +286,22 @@ class Checkpoint:
             ]:
                 # a hole may be far longer than anybody wants to read
                 while (end := file.skip_hole(end)) < offset:
-                    gap = np.empty(min(offset - end, 1 << 20), np.uint8)
-                    name = self.path / self.rank.files[number].name
-                    try:
-                        count = file.read_into(end, gap.data)
-                    except OSError as cause:
-                        raise IntegrityError(
-                            f"{name} cannot be read: {cause}", path=name, offset=end
-                        ) from cause
-                    if count != gap.size or gap.any():
-                        raise IntegrityError(
-                            f"{name} has bytes that are not zero between its frames",
-                            path=name,
-                            offset=end,
-                        )
-                    end += gap.size
+                    nbytes = min(offset - end, 1 << 20)
+                    self._check_zeros(number, end, nbytes)
+                    end += nbytes
                 end = offset + length
+
+    def _check_zeros(self, file: int, offset: int, nbytes: int) -> None:
+        name = self.path / self.rank.files[file].name
+        gap = np.empty(nbytes, np.uint8)
+        try:
+            count = self._files[file].read_into(offset, gap.data)
+        except OSError as cause:
+            what = f"{name} cannot be read at offset {offset}: {cause}"
+            raise IntegrityError(what, path=name, offset=offset) from cause
+        if count != nbytes or gap.any():
+            what = f"{name} has bytes that are not zero between its frames"
+            raise IntegrityError(what, path=name, offset=offset)
 
     def _damage(self, chunk: ChunkRecord, what: str) -> IntegrityError:
         path = self.path / self.rank.files[chunk.file].name
@@ -419,11 +419,15 @@ def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointNotFoundError: it is neither.
+        LoadError: the directory cannot be read.
     """
     if filesystem.exists(path / CHECKPOINT_FILE):
         yield path
         return
-    steps = list_steps(filesystem, path)
+    try:
+        steps = list_steps(filesystem, path)
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
+        raise LoadError(f"{path} cannot be looked into: {cause}") from cause
     if not steps:
         why = (
             "there is nothing there"
