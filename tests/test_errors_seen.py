@@ -17,30 +17,29 @@ import torch
 import asyncsave
 from asyncsave import Checkpointer, SaveHandle
 
-from .support import FailingFileSystem, Failure, eventually
+from .faultfs import FaultFileSystem, Faults
+from .support import eventually
 
 STATE = {"w": torch.arange(1000.0)}
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Failure:
-    """Fails the next write once `armed`."""
-    failure = Failure(0, errno.ENOSPC)
-    failure.armed = False
-    monkeypatch.setattr(
-        "asyncsave.checkpointer.LocalFileSystem", lambda: FailingFileSystem(failure)
-    )
+def fail(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """Fails the next write once it is `on`."""
+    failure = Faults(0, errno.ENOSPC)
+    failure.on = False
+    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(failure))
     return failure
 
 
-def failed(ckpt: Checkpointer, fail: Failure, step: int) -> SaveHandle:
+def failed(ckpt: Checkpointer, fail: Faults, step: int) -> SaveHandle:
     """Return the handle of a save that has failed."""
     fail.operations.clear()
-    fail.armed = True
+    fail.on = True
     handle = ckpt.save(step, STATE)
     assert handle is not None
     assert eventually(handle.done)
-    fail.armed = False
+    fail.on = False
     return handle
 
 
@@ -60,7 +59,7 @@ SEE: dict[str, Callable[[Checkpointer, SaveHandle], Any]] = {
 
 
 @pytest.mark.parametrize("how", SEE)
-def test_a_failure_is_raised_once_with_its_cause(tmp_path: Path, fail: Failure, how: str) -> None:
+def test_a_failure_is_raised_once_with_its_cause(tmp_path: Path, fail: Faults, how: str) -> None:
     ckpt = Checkpointer(tmp_path, every_steps=100)
     handle = failed(ckpt, fail, 1)
     with pytest.raises(asyncsave.DiskFullError, match="No space left") as caught:
@@ -77,7 +76,7 @@ def test_a_failure_is_raised_once_with_its_cause(tmp_path: Path, fail: Failure, 
     assert ckpt.stats.failures == 1
 
 
-def test_failures_that_pile_up_are_all_told(tmp_path: Path, fail: Failure) -> None:
+def test_failures_that_pile_up_are_all_told(tmp_path: Path, fail: Faults) -> None:
     ckpt = Checkpointer(tmp_path, on_busy="skip")
     handles = []
     for step in (1, 2):
@@ -96,22 +95,22 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next save() raises the error instead of saving: and the one after that saves."""
-    fail = Failure(0, errno.EIO)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FailingFileSystem(fail))
-    fail.armed = False
+    fail = Faults(0, errno.EIO)
+    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
+    fail.on = False
     with Checkpointer(tmp_path) as ckpt:
-        fail.armed = True
+        fail.on = True
         ckpt.save(1, STATE)
         with pytest.raises(asyncsave.WriteError):  # at once, or after it waited
             ckpt.save(2, STATE)
-        fail.armed = False
+        fail.on = False
         ckpt.save(2, STATE, block=True)
         assert ckpt.steps() == [2]
 
 
 @pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_the_trainings_own_exception_stays(
-    tmp_path: Path, fail: Failure, error: BaseException, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fail: Faults, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     def training() -> None:
         with Checkpointer(tmp_path) as ckpt:
@@ -143,10 +142,10 @@ def test_an_error_that_was_raised_to_the_caller_is_not_raised_again(
 
 PROGRAM = """
 import os, sys, errno, threading, torch, asyncsave
-from tests.support import FailingFileSystem, Failure
-fail = Failure(0, errno.ENOSPC)
-fail.armed = False
-asyncsave.checkpointer.LocalFileSystem = lambda: FailingFileSystem(fail)
+from tests.faultfs import Faults, FaultFileSystem
+fail = Faults(0, errno.ENOSPC)
+fail.on = False
+asyncsave.checkpointer.LocalFileSystem = lambda: FaultFileSystem(fail)
 asyncsave.single.LocalFileSystem = asyncsave.checkpointer.LocalFileSystem
 directory = sys.argv[1]
 state = {"w": torch.ones(1000)}
@@ -164,13 +163,13 @@ def program(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
 def test_at_exit_every_error_that_nobody_saw_is_printed(tmp_path: Path) -> None:
     text = """
 for name in ("a", "b"):
-    fail.armed = False
+    fail.on = False
     ckpt = asyncsave.Checkpointer(f"{directory}/{name}")
     globals()[name] = ckpt
-    fail.operations.clear(); fail.armed = True
+    fail.operations.clear(); fail.on = True
     ckpt.save(1, state).wait_staged()
     while not ckpt._pipeline.current.done(): pass
-fail.armed = False
+fail.on = False
 print("end of training")
 """
     ended = program(text, tmp_path)
@@ -195,7 +194,7 @@ def test_at_exit_the_trainings_own_status_stays(
 ) -> None:
     text = f"""
 ckpt = asyncsave.Checkpointer(directory + "/a")
-fail.armed = True
+fail.on = True
 ckpt.save(1, state)
 {end}
 """
@@ -212,7 +211,7 @@ def test_a_program_that_swallows_everything_still_fails(tmp_path: Path) -> None:
 handle = asyncsave.save(state, directory + "/good")
 while not handle.done(): pass
 del handle
-fail.operations.clear(); fail.armed = True
+fail.operations.clear(); fail.on = True
 asyncsave.save(state, directory + "/bad")
 """
     ended = program(text, tmp_path)
