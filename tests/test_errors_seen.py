@@ -211,7 +211,7 @@ def test_a_program_that_swallows_everything_still_fails(tmp_path: Path) -> None:
 handle = asyncsave.save(state, directory + "/good")
 while not handle.done(): pass
 del handle
-fail.operations.clear(); fail.on = True
+fail.operations.clear(); fail.at = 5; fail.on = True  # in the background
 asyncsave.save(state, directory + "/bad")
 """
     ended = program(text, tmp_path)

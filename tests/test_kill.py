@@ -167,7 +167,8 @@ for i in range(count):
                 handle.result()
         assert handle.done() and handle.step == step
         shooter.join()
-        assert len(previous) == signals, "the previous handler runs each time"
+        # signals that are pending together are one to the system
+        assert 1 <= len(previous) <= signals, "the previous handler runs"
         print("stopped", step, where, signals, flush=True)
     # as a new process would see it
     assert asyncsave.load(directory)["step"] == step
