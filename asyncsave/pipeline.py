@@ -50,6 +50,7 @@ from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
 _T = TypeVar("_T")
+_FIRST_AHEAD = 2
 _IO_THREADS = 2  # one writes; the other waits for device events, or for the stager
 
 
@@ -256,11 +257,16 @@ class Pipeline:
         writer: DataWriter | None = None
         encoding: asyncio.Task[None] | None = None
         futures: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue()
+        # How many chunks may be on their way to the disk. Where the coding depends on what the ones
+        # before them took they are few, as many as there are frames; and two until the first one is
+        # written, as nothing may be known before.
+        few = self._memory.frames.count if self._chooser.waits and self._memory.frames else 0
+        ahead = asyncio.Semaphore(_FIRST_AHEAD if few else len(save.plan.chunks))
         try:
             watchdog.writing("creating files")
             draft = await self._call(begin, self._filesystem, save.target.path)
             writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
-            encoding = asyncio.create_task(self._encode_all(save, futures))
+            encoding = asyncio.create_task(self._encode_all(save, futures, ahead))
             encoding.add_done_callback(lambda _: futures.put_nowait(None))
             watchdog.writing("")
             while (future := await futures.get()) is not None:
@@ -269,12 +275,16 @@ class Pipeline:
                 watchdog.writing(f"writing at offset {writer.nbytes}")
                 await self._append(save, frame, writer)
                 watchdog.writing("")
+                ahead.release()
+                if len(save.chunks) == 1:
+                    for _ in range(_FIRST_AHEAD, few):
+                        ahead.release()
             await encoding
             if self._durable:
                 watchdog.writing("syncing the data file")
                 before = writer.write_seconds
                 await writer.sync()
-                self._chooser.wrote(0, writer.write_seconds - before)
+                self._chooser.synced(writer.nbytes, writer.write_seconds - before)
             watchdog.writing("closing the data file")
             await writer.close()
             watchdog.writing("syncing and committing")
@@ -283,6 +293,8 @@ class Pipeline:
             watchdog.writing("cleaning up after it failed")
             self._fail(save)
             if encoding is not None:
+                for _ in save.plan.chunks:
+                    ahead.release()  # it goes on to the end of its queue
                 await asyncio.wait([encoding])
                 encoding.exception()  # follows from the first error, which is reported
             await self._settle(save, futures)
@@ -292,7 +304,7 @@ class Pipeline:
             if draft is not None and not isinstance(error, CommitError):  # else it is in place
                 await self._call(discard, self._filesystem, draft)
             raise
-        report = await self._call(self._report, save, stored)
+        report = await self._call(save.report, stored, self._memory.nbytes)
         watchdog.writing("removing older checkpoints")
         try:
             await self._call(save.target.then)
@@ -301,7 +313,10 @@ class Pipeline:
         return report
 
     async def _encode_all(
-        self, save: Save, futures: asyncio.Queue[asyncio.Future[Frame] | None]
+        self,
+        save: Save,
+        futures: asyncio.Queue[asyncio.Future[Frame] | None],
+        ahead: asyncio.Semaphore,
     ) -> None:
         """Hand staged chunks to the encoders as they come, and their results on in that order."""
         save.watchdog.feeding("copying the state in the thread that saves")
@@ -311,6 +326,7 @@ class Pipeline:
                 await self._call(staged.event.synchronize)
                 if staged.late is not None:
                     staged.late.settle(staged.chunk.index)
+            await ahead.acquire()
             room = None
             if self._chooser.pick():
                 # In the order of the chunks, which is the order they are written in: otherwise
@@ -406,23 +422,6 @@ class Pipeline:
             replace=save.target.replace,
         )
         return data_bytes + len(rank_bytes) + len(checkpoint_bytes)
-
-    def _report(self, save: Save, stored_bytes: int) -> SaveReport:
-        durable_seconds = save.elapsed()
-        return SaveReport(
-            step=save.target.step,
-            path=save.target.path,
-            blocked_seconds=save.blocked_seconds,
-            fence_seconds=0.0 if save.late is None else save.late.fence_seconds(),
-            staged_seconds=save.staged_seconds,
-            durable_seconds=durable_seconds,
-            raw_bytes=save.plan.nbytes,
-            stored_bytes=stored_bytes,
-            peak_memory_bytes=self._memory.nbytes,
-            chunks=len(save.chunks),
-            encoded_chunks=sum(chunk.coding != "raw" for chunk in save.chunks.values()),
-            tensors=len(save.names),
-        )
 
     # -- encoder threads ----------------------------------------------------------------------
 

@@ -136,8 +136,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     table = Table(
         title="Memory that saving takes, MiB",
         caption=(
-            f"{results['rows'][0]['state_bytes'] / MIB:.0f} MiB of state, {settings['saves']} saves "
-            f"for each row; {results['hardware']['cpu']}, {results['filesystem']}"
+            f"{results['rows'][0]['state_bytes'] / MIB:.0f} MiB of state, "
+            f"{settings['saves']} saves for each row; "
+            f"{results['hardware']['cpu']}, {results['filesystem']}"
         ),
     )
     names = ("memory_limit", "level", "peak", "says", "after 2", f"after {settings['saves']}")

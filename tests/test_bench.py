@@ -119,3 +119,40 @@ def test_codec(tmp_path: Path) -> None:
         assert ours["decode_all"]["median"] > 0
         assert rows["asyncsave, level 22", kind, dtype]["encode_all"] is None
     assert "zstd 3 on raw" in printed
+
+
+def test_memory(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    results, printed = run("memory", path, "--directory", tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert [row["limit_bytes"] for row in results["rows"]] == [8 << 20, 8 << 20, "auto", "auto"]
+    for row in results["rows"]:
+        assert row["state_bytes"] >= 16 << 20
+        assert 0 < row["after_2_bytes"] <= row["peak_bytes"]
+        assert row["says_bytes"] > 0
+        assert len(row["after_bytes"]) == 3
+    assert len(results["bars"]) == 3
+    assert "peak extra memory" in printed
+
+
+def test_auto(tmp_path: Path) -> None:
+    path = tmp_path / "auto.json"
+    results, printed = run("auto", path, "--directory", tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    places, ways = ["this disk", "this disk, cores busy", "150 MB/s"], {"off", "level 1", "auto"}
+    rows = {(row["place"], row["save"], row["way"]): row for row in results["rows"]}
+    assert set(rows) == {(p, s, w) for p in places for s in ("first", "second") for w in ways}
+    for (_, _, way), row in rows.items():
+        assert row["saves"] == results["settings"]["rounds"] == 1
+        assert 0 < row["durable_seconds"]["min"] <= row["durable_seconds"]["max"]
+        encoded = row["encoded_share"]["median"]
+        assert encoded == {"off": 0.0, "level 1": 1.0}.get(way, encoded)
+    slow = rows["150 MB/s", "second", "off"]["durable_seconds"]["median"]
+    assert slow > 0.9 * results["state_bytes"] / 150e6
+    assert len(results["bars"]) == 6
+    assert "150 MB/s, second save" in printed
+
+
+def test_many(tmp_path: Path) -> None:
+    results, _ = run("many", tmp_path / "many.json")
+    assert results["rows"]

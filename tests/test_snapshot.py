@@ -82,7 +82,7 @@ def test_many_leaves_set_off_no_garbage_collection() -> None:
 
 
 def test_views_of_one_slot_at_most_are_kept_for_a_chunk() -> None:
-    flat = flatten({str(i): torch.full((3, 5), float(i)) for i in range(100)})
+    flat = flatten({f"{i:02}": torch.full((3, 5), float(i)) for i in range(100)})
     plan = Planner().plan(flat, 1 << 20, [False] * 100)
     snapshotter, arena = Snapshotter(None, overlap=True), Arena(8192, 3)
     for _ in range(2):
