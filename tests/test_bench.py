@@ -156,3 +156,13 @@ def test_auto(tmp_path: Path) -> None:
 def test_many(tmp_path: Path) -> None:
     results, _ = run("many", tmp_path / "many.json")
     assert results["rows"]
+
+
+def test_gil(tmp_path: Path) -> None:
+    path = tmp_path / "gil.json"
+    results, printed = run("gil", path, "--directory", tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    names = [row["name"] for row in results["rows"]]
+    assert names == ["nothing", "dcp.async_save", "asyncsave, off", "asyncsave, level 1"]
+    assert results["bars"]
+    assert "asyncsave, level 1" in printed
