@@ -22,6 +22,9 @@ from ..errors import FormatError, UnsupportedVersionError
 MAX_DEPTH = 64
 """Containers nested deeper than this are taken for a cycle, and refused on load too."""
 
+_LONGEST_NAME = 4096
+"""Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
+
 _HEX_INT = re.compile("-?[0-9a-f]+")
 
 # What `dtype.str` can be. numpy.dtype() takes far more: it warns of some, and evaluates others.
@@ -296,7 +299,7 @@ def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
         if not isinstance(node, CONTAINERS):
             return False, None
         prefix = f"{name}." if name else ""
-        results = [walk(value, prefix + key) for key, value in children(node)]
+        results = [walk(value, (prefix + key)[:_LONGEST_NAME]) for key, value in children(node)]
         if not any(kept for kept, _ in results):
             return False, None
         if isinstance(node, (DictNode, OrderedDictNode)):
@@ -316,8 +319,9 @@ def _names(node: Node, name: str) -> Iterator[str]:
     if isinstance(node, ObjectNode):
         yield from _names(node.state, name)
     for key, child in children(node):
-        yield f"{name}.{key}"
-        yield from _names(child, f"{name}.{key}")
+        inner = f"{name}.{key}"[:_LONGEST_NAME]
+        yield inner
+        yield from _names(child, inner)
 
 
 def bulk_indices(tree: Node) -> list[int]:

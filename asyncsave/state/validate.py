@@ -28,6 +28,7 @@ from .nodes import (
 from .tree import IMPOSSIBLE, named_tuple, unflatten
 
 _MAX_ONE_HASH = 64
+_THEMSELVES = {bool, int, float, str}
 
 
 def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> None:
@@ -40,6 +41,8 @@ def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> Non
     """
     if depth > 2 * MAX_DEPTH:
         raise FormatError(f"{path} has a tree of more than {2 * MAX_DEPTH} levels")
+    if node is None or type(node) in _THEMSELVES:  # most nodes of a large tree
+        return
     if isinstance(node, TensorNode):
         if not 0 <= node.i < tensors:
             raise FormatError(f"{path} has a tree with tensor {node.i}, and {tensors} tensors")

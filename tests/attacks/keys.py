@@ -30,6 +30,12 @@ def count(keys: int, values: int, directory: Path) -> None:
     forge(directory, {"t": "dict", "keys": list(range(keys)), "values": [0] * values})
 
 
+def long_above_many(directory: Path) -> None:
+    """A key of 4 MB, which is in the name of each of 20 000 keys below it."""
+    below = {"t": "dict", "keys": list(range(20_000)), "values": [0] * 20_000}
+    forge(directory, {"t": "dict", "keys": ["a" * 4_000_000], "values": [below]})
+
+
 def colliding(n: int) -> list[Any]:
     return [{"t": "int", "hex": f"{PRIME * (i + 2**30):x}"} for i in range(n)]
 
@@ -70,6 +76,7 @@ ATTACKS = {
     "more keys than values": Attack(partial(count, 2, 1)),
     "more values than keys": Attack(partial(count, 1, 2)),
     "50 000 keys": Attack(partial(count, 50_000, 50_000), None),
+    "a long key above many": Attack(long_above_many, None),
     "one hash": Attack(partial(build, colliding(40_000)), says="hash"),
     "one hash in tuples": Attack(partial(build, [items(key) for key in colliding(40_000)])),
     "a few of one hash": Attack(partial(build, [-1, -2, *colliding(8)]), None),
