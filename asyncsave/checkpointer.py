@@ -38,8 +38,8 @@ from .restore import PathLike, load_from, restore_from
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import encode_plain
-from .storage.reader import step_path
 from .storage.retention import KeepBest, Policy, Retention, parse_metrics
+from .storage.steps import step_path
 from .task import Target
 from .watchdog import STALL_WARNING_SECONDS, parse_stall_warning
 

@@ -1,6 +1,6 @@
 """Leaves: values with bulk out of a checkpoint. New ones, or into live ones.
 
-`read_new` builds new tensors: leaves whose addresses overlap become views of one new storage, so
+`NewLeaves` are new tensors: leaves whose addresses overlap become views of one new storage, so
 ties come back as ties. `fill_run` aims a read at a live tensor's own memory, or, where that has
 another layout or is on a device, at memory on the way there.
 """
@@ -14,42 +14,56 @@ import numpy as np
 import torch
 
 from .errors import FormatError, LoadError
+from .snapshot.arena import Bytes
 from .snapshot.snapshotter import INTEGERS, byte_alias
 from .state.nodes import numpy_dtype
 from .storage.manifest import TensorRecord, extent_bytes, item_bytes
-from .storage.reader import Bytes, Checkpoint, Run
+from .storage.reader import Run
 
 
-def read_new(
-    checkpoint: Checkpoint, indices: Sequence[int], device: torch.device
-) -> dict[int, Any]:
-    """Read these leaves into new memory; leaves that overlap share it, as they did when saved."""
-    tensors = checkpoint.rank.tensors
-    blocks: list[Block] = []
-    empty = [i for i in indices if not extent_bytes(tensors[i])]
-    full = [i for i in indices if extent_bytes(tensors[i])]
-    for i in sorted(full, key=lambda i: tensors[i].shards[0].start):
-        start = tensors[i].shards[0].start
-        stop = start + extent_bytes(tensors[i])
-        if not blocks or start >= blocks[-1].stop:
-            blocks.append(Block(start, stop))
-        blocks[-1].stop = max(blocks[-1].stop, stop)
-        blocks[-1].members.append(i)
-    for i in empty:
-        blocks.append(Block(0, 0))
-        blocks[-1].members.append(i)
-    runs = []
-    for block in blocks:
-        block.allocate(tensors)
-        runs.append(Run(block.start, block.stop - block.start, block.array()))
-    checkpoint.read(runs)
-    made: dict[int, Any] = {}
-    for block in blocks:
-        if device.type != "cpu" and all(tensors[i].kind == "torch" for i in block.members):
-            block.memory = block.memory.to(device)
-        for i in block.members:
-            made[i] = block.value(tensors[i])
-    return made
+class NewLeaves:
+    """New memory for leaves; those that overlap share it, as they did when they were saved.
+
+    Attributes:
+        runs: what is to be read before there are `values`.
+    """
+
+    def __init__(self, tensors: Sequence[TensorRecord], indices: Sequence[int]) -> None:
+        self._tensors = tensors
+        self._blocks = blocks = list[Block]()
+        empty = [i for i in indices if not extent_bytes(tensors[i])]
+        full = [i for i in indices if extent_bytes(tensors[i])]
+        for i in sorted(full, key=lambda i: tensors[i].shards[0].start):
+            start = tensors[i].shards[0].start
+            stop = start + extent_bytes(tensors[i])
+            if not blocks or start >= blocks[-1].stop:
+                blocks.append(Block(start, stop))
+            blocks[-1].stop = max(blocks[-1].stop, stop)
+            blocks[-1].members.append(i)
+        for i in empty:
+            blocks.append(Block(0, 0))
+            blocks[-1].members.append(i)
+        self.runs: list[Run] = []
+        for block in blocks:
+            block.allocate(tensors)
+            self.runs.append(Run(block.start, block.stop - block.start, block.array()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all their memory."""
+        return sum(run.stop - run.start for run in self.runs)
+
+    def values(self, device: torch.device) -> dict[int, Any]:
+        """Return the leaves, by index, once the runs are filled; torch's on ``device``."""
+        made: dict[int, Any] = {}
+        for block in self._blocks:
+            if device.type != "cpu" and all(
+                self._tensors[i].kind == "torch" for i in block.members
+            ):
+                block.memory = block.memory.to(device)
+            for i in block.members:
+                made[i] = block.value(self._tensors[i])
+        return made
 
 
 class Block:

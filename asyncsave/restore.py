@@ -1,9 +1,9 @@
 """Restore: a checkpoint back into values. ``load``, ``restore`` and ``verify``.
 
 `restore` fills what is there, all or nothing: it lists every difference before it begins
-(match.py); then it reads all stored bytes against their checksums, lets objects that load by
-themselves do so (and puts them back if one refuses), and only then decodes into the live tensors
-(leaves.py).
+(match.py); then it reads and checks all stored bytes, into new tensors and memory held for the
+purpose, lets objects that load by themselves do so (and puts them back if one refuses), and only
+then fills the live tensors (leaves.py).
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from .errors import (
     MismatchError,
     UnsupportedVersionError,
 )
-from .leaves import fill_run, read_new
+from .leaves import NewLeaves, fill_run
 from .match import Match, show
 from .report import VerifyReport
+from .snapshot.arena import Bytes, available_memory
 from .state.nodes import (
     bulk_indices,
     select,
 )
 from .state.tree import unflatten
 from .storage.filesystem import FileSystem, LocalFileSystem
-from .storage.reader import Checkpoint, find
+from .storage.reader import Checkpoint, Run
+from .storage.steps import find
 
 _log = logging.getLogger("asyncsave")
 
@@ -109,7 +111,7 @@ def verify(path: PathLike) -> VerifyReport:
     for each in find(filesystem, Path(path)):
         try:
             with Checkpoint.open(filesystem, each) as checkpoint:
-                checkpoint.check(decode=True)
+                checkpoint.check()
                 checkpoint.check_padding()
                 chunks += len(checkpoint.rank.chunks)
                 raw_bytes += sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
@@ -148,7 +150,9 @@ def load_from(
                     f"{checkpoint.path} has nothing that these keys name:",
                     _suggest(checkpoint, unused),
                 )
-        bulk = read_new(checkpoint, sorted(set(bulk_indices(tree))), where)
+        new = NewLeaves(checkpoint.rank.tensors, sorted(set(bulk_indices(tree))))
+        checkpoint.read(new.runs)
+        bulk = new.values(where)
         return unflatten(tree, bulk.__getitem__)
 
     return _first_sound(filesystem, path, one, passed_over)
@@ -169,9 +173,6 @@ def restore_from(
         match.root(into)
         if match.reasons:
             raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
-        if match.fills:
-            # every byte, and what it decodes to, before the first one of the state is changed
-            checkpoint.check(decode=True)
         _apply(checkpoint, match)
         return checkpoint.record.step
 
@@ -228,30 +229,42 @@ def _suggest(checkpoint: Checkpoint, unused: list[str]) -> list[str]:
 
 def _apply(checkpoint: Checkpoint, match: Match) -> None:
     """Carry out a match that has no reasons against it."""
+    tensors = checkpoint.rank.tensors
     nodes = [node for _, _, node in match.objects] + [node for _, node in match.values]
-    indices = sorted({i for node in nodes for i in bulk_indices(node)})
-    bulk = read_new(checkpoint, indices, torch.device("cpu"))
+    new = NewLeaves(tensors, sorted({i for node in nodes for i in bulk_indices(node)}))
+    fills = [fill_run(tensors[i], into) for i, into in match.fills]
+    if fills:
+        # every byte, and what it decodes to, before the first one of the state is changed; the
+        # memory beside new and old values is taken only where it is plainly there
+        hold_bytes = max(0, available_memory() - new.nbytes) // 2
+        held = checkpoint.check(fill=new.runs, hold=fills, hold_bytes=hold_bytes)
+    else:
+        checkpoint.read(new.runs)
+    bulk = new.values(torch.device("cpu"))
     new_values = [(put, unflatten(node, bulk.__getitem__)) for put, node in match.values]
     _synchronize(match)  # what is queued for these tensors must not come after the new values
     _load_objects(match, [unflatten(node, bulk.__getitem__) for _, _, node in match.objects])
-    _fill(checkpoint, match)
+    if fills:
+        _fill(checkpoint, match, fills, held)
     _synchronize(match)
     for put, value in new_values:
         put(value)
 
 
-def _fill(checkpoint: Checkpoint, match: Match) -> None:
+def _fill(
+    checkpoint: Checkpoint, match: Match, fills: list[Run], held: dict[int, Bytes] | None
+) -> None:
     """Decode into the live tensors; every byte was found sound just now."""
-    for attempt in (1, 2):
+    try:
+        checkpoint.read(fills, held)
+    except IntegrityError:
+        # once more: there is no way back to what the tensors were
         try:
             tensors = checkpoint.rank.tensors
             checkpoint.read([fill_run(tensors[i], into) for i, into in match.fills])
-            return
         except IntegrityError as error:
-            # once more: there is no way back to what the tensors were
-            if attempt == 2:
-                error.add_note("it was sound a moment ago, and the state is partly filled from it")
-                raise
+            error.add_note("it was sound a moment ago, and the state is partly filled from it")
+            raise
 
 
 def _synchronize(match: Match) -> None:

@@ -19,7 +19,8 @@ from .state.plan import Planner
 from .state.tree import flatten
 from .storage.filesystem import FileSystem
 from .storage.manifest import TensorRecord, extent_bytes
-from .storage.reader import Checkpoint, Run, find
+from .storage.reader import Checkpoint, Run
+from .storage.steps import find
 
 
 class _Piece(Protocol):

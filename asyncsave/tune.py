@@ -38,8 +38,8 @@ from .state.plan import dtype_name
 from .storage.commit import Draft, begin, discard
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import digest
-from .storage.reader import find
 from .storage.retention import sweep
+from .storage.steps import find
 from .task import Target
 from .workers import Workers
 

@@ -211,5 +211,8 @@ class _FaultyReadable:
     def skip_hole(self, offset: int) -> int:
         return self._file.skip_hole(offset)
 
+    def is_cached(self, offset: int, nbytes: int) -> bool:
+        return self._file.is_cached(offset, nbytes)
+
     def close(self) -> None:
         self._file.close()

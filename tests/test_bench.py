@@ -162,7 +162,7 @@ def test_gil(tmp_path: Path) -> None:
     path = tmp_path / "gil.json"
     results, printed = run("gil", path, "--directory", tmp_path)
     assert list(tmp_path.iterdir()) == [path]
-    names = [row["name"] for row in results["rows"]]
+    names = [row["way"] for row in results["rows"]]
     assert names == ["nothing", "dcp.async_save", "asyncsave, off", "asyncsave, level 1"]
     assert results["bars"]
     assert "asyncsave, level 1" in printed

@@ -26,6 +26,23 @@ import torch
 
 PAGE_BYTES = 4096
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def pages(nbytes: int, *, huge: bool = True) -> Bytes:
+    """Return new memory, aligned to pages: zeros, taken from the system as it is touched.
+
+    Forked children do not inherit it: O_DIRECT to or from memory that a fork made copy-on-write can
+    corrupt what is transferred, see open(2).
+    """
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_DONTFORK)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            # measured: first touch 9.0 GB/s with huge pages, 3.5 without
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
 
 class Slot:
     """One fixed-size piece of the arena, as a NumPy array and as a torch tensor of uint8."""
@@ -35,7 +52,7 @@ class Slot:
     def __init__(self, index: int, tensor: torch.Tensor) -> None:
         self.index = index
         self.tensor = tensor
-        self.array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.numpy()
+        self.array: Bytes = tensor.numpy()
         self.nbytes = tensor.numel()
 
 
@@ -43,8 +60,7 @@ class Arena:
     """``count`` slots of ``slot_bytes`` each.
 
     Memory is reserved at once and taken from the system slot by slot, on first use; from then on
-    it is kept until `close`. Forked children do not inherit it (writing with O_DIRECT from memory
-    that a fork made copy-on-write can corrupt what is written, see open(2)).
+    it is kept until `close`.
 
     Args:
         slot_bytes: length of a slot, a multiple of 4096.
@@ -58,13 +74,7 @@ class Arena:
         self.slot_bytes = slot_bytes
         self.count = count
         self._pin = pin
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._mapping: mmap.mmap | None = mmap.mmap(-1, slot_bytes * count, flags=flags)
-        self._mapping.madvise(mmap.MADV_DONTFORK)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without them
-                # measured: first touch 9.0 GB/s with huge pages, 3.5 without
-                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._memory: Bytes | None = pages(slot_bytes * count)
         self._changed = threading.Condition()
         self._slots: list[Slot | None] = [None] * count
         # last is first: a slot that was just used is warm, one that never was costs memory
@@ -143,13 +153,13 @@ class Arena:
             self._registered.clear()
             self._slots = []
             self._free.clear()
-            self._mapping = None  # unmapped when the last view of it is gone
+            self._memory = None  # unmapped when the last view of it is gone
 
     def _make(self, index: int) -> Slot:
-        assert self._mapping is not None
+        assert self._memory is not None
         start = index * self.slot_bytes
         tensor = torch.frombuffer(
-            self._mapping, dtype=torch.uint8, offset=start, count=self.slot_bytes
+            self._memory, dtype=torch.uint8, offset=start, count=self.slot_bytes
         )
         if self._pin:
             self._register(tensor)

@@ -1,7 +1,8 @@
 """FileSystem: every touch of the disk, behind one protocol; the only importer of aiofiles.
 
 `LocalFileSystem` is the one that is used. Tests put others in its place, which fail, lie or
-remember. Methods raise OSError; the stages that call them translate it.
+remember. Methods raise OSError; the stages that call them translate it. Reading back is in
+direct.py.
 
 Who calls what: plain methods block, and are called by worker threads or by the reader. `create` and
 the file it returns belong to the event loop's thread, and do their work in the executor they are
@@ -16,13 +17,14 @@ import errno
 import fcntl
 import os
 import shutil
-import stat
 import weakref
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import aiofiles
+
+from .direct import LocalReadable
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -53,6 +55,9 @@ class ReadableFile(Protocol):
 
     def skip_hole(self, offset: int) -> int:
         """Return the first offset from this one on that may hold anything but zeros."""
+
+    def is_cached(self, offset: int, nbytes: int) -> bool:
+        """Whether most of these bytes come from memory; True where nobody can tell."""
 
     def close(self) -> None:
         """Close it."""
@@ -180,9 +185,7 @@ class LocalFileSystem:
         return os.path.lexists(path)
 
     def open(self, path: Path) -> ReadableFile:
-        # O_NONBLOCK: opening a pipe must not wait for its writer
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        return _LocalReadable(os.open(path, flags), path)
+        return LocalReadable(path)
 
     def lock(self, path: Path) -> Lock | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -240,34 +243,6 @@ class _LocalWritable:
 
     async def close(self) -> None:
         await self._file.close()
-
-
-class _LocalReadable:
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self._descriptor = descriptor
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        self.nbytes = status.st_size
-
-    def read_into(self, offset: int, view: memoryview) -> int:
-        done = 0
-        while done < view.nbytes:
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
-
-    def skip_hole(self, offset: int) -> int:
-        try:
-            return os.lseek(self._descriptor, offset, os.SEEK_DATA)
-        except OSError as cause:
-            return self.nbytes if cause.errno == errno.ENXIO else offset
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 class _LocalLock:

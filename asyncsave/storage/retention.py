@@ -21,7 +21,8 @@ from ..errors import (
 )
 from .commit import REPLACED, hidden_name
 from .filesystem import FileSystem
-from .reader import STEP, list_steps, read_record, step_path
+from .reader import read_record
+from .steps import STEP, list_steps, step_path
 
 _log = logging.getLogger("asyncsave")
 _LEFTOVER = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}({re.escape(REPLACED)})?")

@@ -1,0 +1,65 @@
+"""Steps: the checkpoints in a run directory, by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointNotFoundError, LoadError
+from .filesystem import FileSystem
+from .manifest import CHECKPOINT_FILE
+
+STEP = re.compile(r"step-([0-9]{9,18})")
+"""The names of checkpoints in a run directory."""
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` is, or would be."""
+    return directory / f"step-{step:09d}"
+
+
+def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
+    """Return the steps of all committed checkpoints, ascending; [] where there is no directory.
+
+    Raises:
+        LoadError: the directory cannot be read.
+    """
+    steps = []
+    try:
+        for name in filesystem.list_directory(directory):
+            match = STEP.fullmatch(name)
+            if not match or step_path(directory, int(match[1])).name != name:
+                continue
+            if filesystem.is_directory(directory / name):
+                steps.append(int(match[1]))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as cause:
+        raise LoadError(f"{directory} cannot be read: {cause.strerror}") from cause
+    return sorted(steps)
+
+
+def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:
+    """Yield the checkpoint at ``path``; or those of the run directory there, newest first.
+
+    Raises:
+        CheckpointNotFoundError: it is neither.
+        LoadError: the directory cannot be read.
+    """
+    if filesystem.exists(path / CHECKPOINT_FILE):
+        yield path
+        return
+    try:
+        steps = list_steps(filesystem, path)
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
+        raise LoadError(f"{path} cannot be looked into: {cause}") from cause
+    if not steps:
+        why = (
+            "there is nothing there"
+            if not filesystem.exists(path)
+            else (f"it has no {CHECKPOINT_FILE} and no step-… directories")
+        )
+        raise CheckpointNotFoundError(f"there is no checkpoint at {path}: {why}")
+    for step in reversed(steps):
+        yield step_path(path, step)
