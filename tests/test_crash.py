@@ -417,3 +417,23 @@ def test_removing_what_was_replaced_before_the_sync_is_noticed(
     rename = commits._rename
     monkeypatch.setattr(commits, "_rename", hasty)
     assert notices(SCENARIOS["overwrite"], tmp_path)
+
+
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "mutant"])
+def test_sweeping_without_a_sync_is_noticed(tmp_path: Path, sound: bool) -> None:
+    """Killed between the swap and its sync: what was replaced may be the one on the device."""
+    scenario, faults = SCENARIOS["overwrite"], Faults()
+    record(scenario, tmp_path / "whole", 2, lambda log: Crashing(log, faults))
+    swap = [each.kind for each in faults.operations].index("exchange")
+
+    def make(log: Log) -> CrashFileSystem:
+        def forgets(path: Path) -> bool:  # all but those of commits
+            return path.name == "runs" and log.events[-1].kind not in ("exchange", "rename")
+
+        return CrashFileSystem(log) if sound else Forgetful(log, forgets)
+
+    recorded = interrupted(scenario, tmp_path / "cut", swap + 1, killed=True, make=make)
+    assert recorded is not None
+    log, begin = recorded
+    found = list(survey(log, scenario, tmp_path, random.Random(1), 1, begin))
+    assert (found == []) == sound
