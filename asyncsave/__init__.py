@@ -1,7 +1,7 @@
 """asyncsave writes PyTorch checkpoints in the background, inside a memory limit, and safely.
 
 See `Checkpointer` for training loops; `save`, `load`, `restore` and `verify` for single
-checkpoints.
+checkpoints; `tune` for which compression to use.
 """
 
 from ._version import __version__
@@ -31,6 +31,7 @@ from .report import SaveReport, Stats, VerifyReport
 from .restore import load, restore, verify
 from .single import save
 from .state.rng import RngState
+from .tune import TuneReport, TuneRow, tune
 
 __all__ = [
     "AsyncSaveError",
@@ -54,6 +55,8 @@ __all__ = [
     "StagingError",
     "StateError",
     "Stats",
+    "TuneReport",
+    "TuneRow",
     "UnsupportedVersionError",
     "VerifyReport",
     "WriteError",
@@ -61,5 +64,6 @@ __all__ = [
     "load",
     "restore",
     "save",
+    "tune",
     "verify",
 ]

@@ -41,6 +41,7 @@ from .storage.manifest import encode_plain
 from .storage.reader import step_path
 from .storage.retention import KeepBest, Policy, Retention, parse_metrics
 from .task import Target
+from .watchdog import STALL_WARNING_SECONDS, parse_stall_warning
 
 _log = logging.getLogger("asyncsave")
 
@@ -87,6 +88,8 @@ class Checkpointer:
             backward pass. Off: everything is copied before `save` returns.
         signals: on one of these, the next `step` saves, waits until durable and sets `should_stop`.
         durable: sync files and directories, so that what is reported done survives a power cut.
+        stall_warning_seconds: log a warning that says where when a save has stood still for so long
+            (on a disk that hangs), and again each time that has doubled; None: never.
 
     Raises:
         ConfigError: an argument cannot be.
@@ -109,6 +112,7 @@ class Checkpointer:
         overlap: bool = True,
         signals: Iterable[int] = (signal.SIGTERM,),
         durable: bool = True,
+        stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
     ) -> None:
         self._cadence = Cadence(every_steps, every_seconds)
         policy = Policy.parse(keep_last, keep_every, keep_best)
@@ -135,6 +139,7 @@ class Checkpointer:
                 memory_limit=limit,
                 overlap=overlap,
                 durable=durable,
+                stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
             )
             undo.pop_all()
         self._finalizer = weakref.finalize(
@@ -427,11 +432,7 @@ class Checkpointer:
 
 
 def _count(stats: Stats, handle: SaveHandle) -> None:
-    report = handle.peek()
-    if report is None:
-        stats.failures += 1
-    else:
-        stats.add(report)
+    stats.add(handle.peek())
 
 
 def _abandoned(pid: int, pipeline: Pipeline, retention: Retention, signals: StopSignals) -> None:

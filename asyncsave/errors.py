@@ -149,10 +149,16 @@ class MismatchError(LoadError):
 
     def __init__(self, summary: str, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
-        shown = [f"  {reason}" for reason in self.reasons[:50]]
+        shown = [f"  {_shown(reason)}" for reason in self.reasons[:50]]
         if len(self.reasons) > 50:
             shown.append(f"  … and {len(self.reasons) - 50} more, see .reasons")
         super().__init__("\n".join([summary, *shown]))
+
+
+def _shown(reason: str) -> str:
+    """Return a reason as it may be printed: it has names from a file, which nobody has chosen."""
+    cut = reason if len(reason) <= 400 else f"{reason[:200]} … {reason[-200:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 _FULL = {_errno.ENOSPC, _errno.EDQUOT}

@@ -61,6 +61,7 @@ class Block:
         self.members: list[int] = []
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._pad = 0
+        self._bytes: dict[int, bytes] = {}
 
     def allocate(self, tensors: Sequence[TensorRecord]) -> None:
         """Take memory such that every member is aligned to its elements."""
@@ -72,12 +73,7 @@ class Block:
                 break
         else:
             raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
-        try:
-            self.memory = torch.empty(self.stop - self.start + self._pad, dtype=torch.uint8)
-        except RuntimeError as cause:
-            raise LoadError(
-                f"the checkpoint needs {self.stop - self.start} bytes for one tensor: {cause}"
-            ) from cause
+        self.memory = _memory(self.stop - self.start + self._pad)
 
     def array(self) -> Bytes:
         return self.memory.numpy()[self._pad :]
@@ -89,10 +85,20 @@ class Block:
             return _tensor(self.memory, offset, record)
         raw = self.memory.numpy()[offset : offset + extent_bytes(record)]
         if record.kind == "bytes":
-            return raw.tobytes()
+            # bytes with the same start are the same, and one object suffices
+            if offset not in self._bytes:
+                self._bytes[offset] = raw.tobytes()
+            return self._bytes[offset]
         if raw.size == 0:
             return np.empty(record.shape, numpy_dtype(record.dtype))
         return raw.view(numpy_dtype(record.dtype)).reshape(record.shape)
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as cause:
+        raise LoadError(f"there is no memory for a tensor of {nbytes} bytes: {cause}") from cause
 
 
 def _tensor(memory: torch.Tensor, offset: int, record: TensorRecord) -> torch.Tensor:
@@ -151,7 +157,7 @@ def _detour(record: TensorRecord, start: int, nbytes: int, put: Callable[[Any], 
     block = Block(start, start + nbytes)
 
     def memory() -> Bytes:
-        block.memory = torch.empty(nbytes, dtype=torch.uint8)
+        block.memory = _memory(nbytes)
         return block.array()
 
     def finish() -> None:

@@ -26,6 +26,7 @@ from .state.nodes import (
     TupleNode,
     bulk_indices,
     children,
+    key_name,
 )
 from .state.plan import dtype_name
 from .state.tree import unflatten
@@ -126,6 +127,7 @@ class Match:
             return
         keys = unflatten(ListNode(node.keys), dict[int, Any]().__getitem__)
         saved = dict(zip(keys, node.values, strict=True))
+        names = dict(zip(keys, map(key_name, node.keys), strict=True))
         prefix = f"{name}." if name else ""
         if not into and takes_all:
             for key, value in saved.items():
@@ -133,12 +135,12 @@ class Match:
             return
         for key, value in into.items():
             if key in saved:
-                self.walk(value, saved[key], f"{prefix}{key}", _setter(into, key))
+                self.walk(value, saved[key], prefix + names[key], _setter(into, key))
             elif self.strict:
                 self.reasons.append(f"{prefix}{key}: missing in the checkpoint")
         if self.strict:
             self.reasons.extend(
-                f"{prefix}{key}: unexpected, the state has no such key"
+                f"{prefix}{names[key]}: unexpected, the state has no such key"
                 for key in saved
                 if key not in into
             )

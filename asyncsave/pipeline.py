@@ -45,10 +45,12 @@ from .storage.filesystem import FileSystem
 from .storage.manifest import ChunkRecord, digest, encode_manifests, tensor_records
 from .storage.writer import DataWriter
 from .task import Frame, Save, Target
+from .watchdog import STALL_WARNING_SECONDS, Watchdog
 from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
 _T = TypeVar("_T")
+_FIRST_AHEAD = 2
 _IO_THREADS = 2  # one writes; the other waits for device events, or for the stager
 
 
@@ -70,6 +72,7 @@ class Pipeline:
         memory_limit: MemoryLimit,
         overlap: bool,
         durable: bool,
+        stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
         once: bool = False,
         transport: Transport | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class Pipeline:
         self._byte_planes = compression is None or compression.byte_planes
         self._memory = Memory(memory_limit, compression)
         self._durable = durable
+        self._stall_warning_seconds = stall_warning_seconds
         self._once = once
         self._planner = Planner()
         self._snapshotter = Snapshotter(transport, overlap=overlap)
@@ -118,7 +122,8 @@ class Pipeline:
         flat = flatten(state)
         plan = self._fit(flat)
         handle = SaveHandle(target.step, target.path)
-        save = Save(target, flat, plan, handle, began)
+        watchdog = Watchdog(target.path, self._stall_warning_seconds)
+        save = Save(target, flat, plan, handle, watchdog, began)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
         self._chooser.begin_save()
@@ -224,10 +229,13 @@ class Pipeline:
     async def _run(self, save: Save) -> None:
         report: SaveReport | None = None
         error: BaseException | None = None
+        save.watchdog.start()
         try:
             report = await self._write(save)
         except BaseException as caught:  # whatever it is, it belongs to who holds the handle
             error = save.staging_error or caught
+        finally:
+            save.watchdog.close()
         if error is not None and not isinstance(error, (AsyncSaveError, KeyboardInterrupt)):
             wrapped = SaveError(f"saving {save.target.path} failed: {error!r}")
             wrapped.__cause__ = error
@@ -245,27 +253,48 @@ class Pipeline:
 
     async def _write(self, save: Save) -> SaveReport:
         """Take a save from its first staged chunk to its commit, or undo it."""
-        draft = None
+        draft, watchdog = None, save.watchdog
         writer: DataWriter | None = None
         encoding: asyncio.Task[None] | None = None
         futures: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue()
+        # How many chunks may be on their way to the disk. Where the coding depends on what the ones
+        # before them took they are few, as many as there are frames; and two until the first one is
+        # written, as nothing may be known before.
+        few = self._memory.frames.count if self._chooser.waits and self._memory.frames else 0
+        ahead = asyncio.Semaphore(_FIRST_AHEAD if few else len(save.plan.chunks))
         try:
+            watchdog.writing("creating files")
             draft = await self._call(begin, self._filesystem, save.target.path)
             writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
-            encoding = asyncio.create_task(self._encode_all(save, futures))
+            encoding = asyncio.create_task(self._encode_all(save, futures, ahead))
             encoding.add_done_callback(lambda _: futures.put_nowait(None))
+            watchdog.writing("")
             while (future := await futures.get()) is not None:
-                await self._append(save, await future, writer)
+                watchdog.writing("encoding")
+                frame = await future
+                watchdog.writing(f"writing at offset {writer.nbytes}")
+                await self._append(save, frame, writer)
+                watchdog.writing("")
+                ahead.release()
+                if len(save.chunks) == 1:
+                    for _ in range(_FIRST_AHEAD, few):
+                        ahead.release()
             await encoding
             if self._durable:
+                watchdog.writing("syncing the data file")
                 before = writer.write_seconds
                 await writer.sync()
-                self._chooser.wrote(0, writer.write_seconds - before)
+                self._chooser.synced(writer.nbytes, writer.write_seconds - before)
+            watchdog.writing("closing the data file")
             await writer.close()
+            watchdog.writing("syncing and committing")
             stored = await self._call(self._commit, save, draft, writer.nbytes)
         except BaseException as error:
+            watchdog.writing("cleaning up after it failed")
             self._fail(save)
             if encoding is not None:
+                for _ in save.plan.chunks:
+                    ahead.release()  # it goes on to the end of its queue
                 await asyncio.wait([encoding])
                 encoding.exception()  # follows from the first error, which is reported
             await self._settle(save, futures)
@@ -275,7 +304,8 @@ class Pipeline:
             if draft is not None and not isinstance(error, CommitError):  # else it is in place
                 await self._call(discard, self._filesystem, draft)
             raise
-        report = await self._call(self._report, save, stored)
+        report = await self._call(save.report, stored, self._memory.nbytes)
+        watchdog.writing("removing older checkpoints")
         try:
             await self._call(save.target.then)
         except Exception:
@@ -283,23 +313,31 @@ class Pipeline:
         return report
 
     async def _encode_all(
-        self, save: Save, futures: asyncio.Queue[asyncio.Future[Frame] | None]
+        self,
+        save: Save,
+        futures: asyncio.Queue[asyncio.Future[Frame] | None],
+        ahead: asyncio.Semaphore,
     ) -> None:
         """Hand staged chunks to the encoders as they come, and their results on in that order."""
+        save.watchdog.feeding("copying the state in the thread that saves")
         while (staged := await save.queue.get()) is not None:
             if staged.event is not None:
+                save.watchdog.feeding("copying from the device")
                 await self._call(staged.event.synchronize)
                 if staged.late is not None:
                     staged.late.settle(staged.chunk.index)
+            await ahead.acquire()
             room = None
             if self._chooser.pick():
                 # In the order of the chunks, which is the order they are written in: otherwise
                 # later chunks could take all frames, and the one that is waited for find none.
+                save.watchdog.feeding("waiting for memory to encode into")
                 room = await self._call(self._frame_for, save)
                 if room is None:
                     continue  # the save has failed; go on to the end of the queue
             future = self._loop.run_in_executor(self._encode, self._encode_one, save, staged, room)
             futures.put_nowait(future)
+            save.watchdog.feeding("copying the state in the thread that saves")
         if save.staging_error is not None:
             raise save.staging_error
         if save.failed.is_set():
@@ -384,23 +422,6 @@ class Pipeline:
             replace=save.target.replace,
         )
         return data_bytes + len(rank_bytes) + len(checkpoint_bytes)
-
-    def _report(self, save: Save, stored_bytes: int) -> SaveReport:
-        durable_seconds = save.elapsed()
-        return SaveReport(
-            step=save.target.step,
-            path=save.target.path,
-            blocked_seconds=save.blocked_seconds,
-            fence_seconds=0.0 if save.late is None else save.late.fence_seconds(),
-            staged_seconds=save.staged_seconds,
-            durable_seconds=durable_seconds,
-            raw_bytes=save.plan.nbytes,
-            stored_bytes=stored_bytes,
-            peak_memory_bytes=self._memory.nbytes,
-            chunks=len(save.chunks),
-            encoded_chunks=sum(chunk.coding != "raw" for chunk in save.chunks.values()),
-            tensors=len(save.names),
-        )
 
     # -- encoder threads ----------------------------------------------------------------------
 

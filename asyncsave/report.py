@@ -92,8 +92,11 @@ class Stats:
     reports: list[SaveReport] = field(default_factory=list)
     passed_over: list[tuple[Path, str]] = field(default_factory=list)
 
-    def add(self, report: SaveReport) -> None:
-        """Count a committed save."""
+    def add(self, report: SaveReport | None) -> None:
+        """Count a save that has ended; None: it failed."""
+        if report is None:
+            self.failures += 1
+            return
         self.saves += 1
         self.blocked_seconds += report.blocked_seconds
         self.fence_seconds += report.fence_seconds

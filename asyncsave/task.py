@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .handle import SaveHandle
+from .report import SaveReport
 from .snapshot.arena import Arena, Slot
 from .snapshot.fence import LateCopies
 from .snapshot.snapshotter import Staged
@@ -17,6 +18,7 @@ from .state.plan import Chunk, Plan
 from .state.tree import Flat
 from .storage.manifest import ChunkRecord
 from .storage.writer import padded
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,21 @@ class Frame:
 class Save:
     """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
 
-    def __init__(self, target: Target, flat: Flat, plan: Plan, handle: SaveHandle, began: float):
+    def __init__(
+        self,
+        target: Target,
+        flat: Flat,
+        plan: Plan,
+        handle: SaveHandle,
+        watchdog: Watchdog,
+        began: float,
+    ) -> None:
         self.target = target
         self.tree = flat.tree
         self.names = flat.names
         self.plan = plan
         self.handle = handle
+        self.watchdog = watchdog
         self.began = began
         self.late: LateCopies | None = None
         self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()
@@ -100,6 +111,24 @@ class Save:
             held = list(self._held.values())
         for arena, slot in held:
             self.release(arena, slot)
+
+    def report(self, stored_bytes: int, peak_memory_bytes: int) -> SaveReport:
+        """Return what the save has cost, now that it is durable; waits for the fence's figures."""
+        durable_seconds = self.elapsed()
+        return SaveReport(
+            step=self.target.step,
+            path=self.target.path,
+            blocked_seconds=self.blocked_seconds,
+            fence_seconds=0.0 if self.late is None else self.late.fence_seconds(),
+            staged_seconds=self.staged_seconds,
+            durable_seconds=durable_seconds,
+            raw_bytes=self.plan.nbytes,
+            stored_bytes=stored_bytes,
+            peak_memory_bytes=peak_memory_bytes,
+            chunks=len(self.chunks),
+            encoded_chunks=sum(chunk.coding != "raw" for chunk in self.chunks.values()),
+            tensors=len(self.names),
+        )
 
     def elapsed(self) -> float:
         """Return the seconds since the save was called for."""

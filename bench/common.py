@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import asyncsave
 
@@ -45,8 +48,35 @@ class Spread:
         return f"{median}\n[dim]{low} … {high}[/dim]"
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a figure should be, what it is, and whether that will do; None: it was not measured."""
+
+    bar: str
+    measured: str
+    met: bool | None
+
+    @classmethod
+    def of(cls, what: str, measured: float, limit: float, *, at_least: bool = False) -> Bar:
+        """Return the bar that ``measured`` is at most ``limit``, or at least."""
+        met = measured >= limit if at_least else measured <= limit
+        return cls(f"{what} {'≥' if at_least else '≤'} {limit:g}", f"{measured:.3g}", met)
+
+
+def show_bars(bars: Iterable[Bar], console: Console) -> None:
+    """Print the bars as a small table."""
+    table = Table()
+    for name in ("bar", "measured", "met"):
+        table.add_column(name)
+    for bar in bars:
+        met = {True: "yes", False: "[bold]no[/bold]", None: "not measured"}[bar.met]
+        table.add_row(bar.bar, bar.measured, met)
+    console.print(table)
+
+
 class PeakMemory:
-    """Samples this process's resident memory in a thread, from entering to leaving.
+    """Samples resident memory in a thread, from entering to leaving: this process's, and what its
+    children have beside what they share.
 
     Attributes:
         before: bytes on entering.
@@ -77,7 +107,12 @@ class PeakMemory:
 
     def now(self) -> int:
         """Return the resident bytes."""
-        return int(self._process.memory_info().rss)
+        resident = int(self._process.memory_info().rss)
+        for child in self._process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                memory = child.memory_info()
+                resident += memory.rss - memory.shared
+        return resident
 
     def _sample(self) -> None:
         while not self._over.wait(self._every_seconds):

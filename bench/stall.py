@@ -3,27 +3,31 @@
 One process trains one GPT-2-shaped Transformer (fp32, AdamW) on the sources of Python's standard
 library, and saves model and optimizer with one way of saving after the other.
 
-How it is measured. A *cycle* is one save and the training steps that follow, as many for every way,
-and more where the save's background is not done by then: a cycle contains the whole save. Every
-round has one cycle of each way, and one without a save, in an order that is drawn anew; so drift of
-the machine hits all alike. Before each cycle, outside the measured time: the last checkpoint is
-deleted, the disks are synced, and one training step is made. The first save of each way, which
-allocates what later ones reuse, is reported apart; medians are over the others.
+How it is measured. A *cycle* is one save and the training steps that follow, more than the save's
+background lasts: a cycle contains the whole save. Every round has one cycle of each way, and one
+without a save, in an order that is drawn anew; so drift of the machine hits all alike. Before each
+cycle, outside the measured time: the last checkpoint is deleted, the disks are synced, and one
+training step is made. The first save of each way, which allocates what later ones reuse, is
+reported apart; medians are over the others. Two rows are no ways of saving but floors: torch's copy
+of the same bytes into memory it has used before, and a bare O_DIRECT write of as many bytes with an
+fsync, while the training stands still.
 
 How to read it. One cell is the median, and under it the smallest and the largest value.
 
     blocked   seconds in the call
-    fence     seconds that training then waited before optimizer.step() (only on CUDA)
+    fence     seconds that training then waited before optimizer.step(): for late copies on CUDA,
+              and for ways of saving that want a lock there
     lost      seconds of training a checkpoint cost in all: the cycle's time, less as many steps at
-              the median step time of the cycles without a save. What it exceeds blocked + fence by
-              is the background slowing down the steps. The range in the row "no saving" is the
-              noise: smaller differences mean nothing.
+              the median step time of the cycles without a save, which are as long as the longest.
+              What it exceeds blocked + fence by is the background slowing down the steps. The range
+              in the row "no saving" is the noise: smaller differences mean nothing.
     durable   seconds from the call until the background is done. "synced" says what is on the disk
               by then; without the directory, a power cut may still lose the file's name.
     stored    length of the checkpoint's files
-    extra     most resident memory during the cycle, beyond what was resident right before the save,
-              plus what this way of saving kept from its earlier saves (asyncsave keeps its arena).
-              The row "no saving" shows what training's own ups and downs contribute.
+    extra     most resident memory during the cycle, that of writing processes included, beyond what
+              was resident right before the save, plus what this way of saving kept from its earlier
+              saves (asyncsave keeps its arena). The row "no saving" shows what training's own ups
+              and downs contribute.
 
 Batches are small, so that a step is short and the run too; most of a step is then memory traffic,
 as it is in the copies of a save: a step of many tokens loses less.
@@ -32,35 +36,45 @@ as it is in the copies of a save: a step of many tokens loses less.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import random
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
-from common import RESULTS, PeakMemory, Spread, provenance, write_json
+from common import RESULTS, Bar, PeakMemory, Spread, provenance, show_bars, write_json
+from peers import (
+    AUTO,
+    BARE,
+    COPY,
+    DCP,
+    LEVEL_1,
+    NO_OVERLAP,
+    NO_SAVING,
+    OFF,
+    PREWARMED,
+    Way,
+    ways,
+)
+from pictures import draw_bars, draw_timeline
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from training import Training
 
 import asyncsave
-from asyncsave import Checkpointer, SaveHandle, SaveReport
+from asyncsave import SaveReport
 
 LAYERS, WIDTH, HEADS = 19, 768, 12  # GPT-2's width; 135 M parameters, as vocabulary is only bytes
 BATCH, CONTEXT = 1, 64
@@ -69,215 +83,8 @@ QUICK = {"layers": 2, "width": 64, "heads": 2, "batch": 2, "context": 32, "saves
 SAVES = 5
 WARMUP_STEPS = 8
 LEAST_STEPS = 4
-SPARE = 1.25  # steps of a cycle, by what the slowest first save took; later ones vary
+SPARE = 1.25  # steps of a cycle, by what the way's slowest save took; later ones vary
 CYCLE_LIMIT_SECONDS = 300.0
-NO_SAVING = "no saving"
-
-
-# -- the training loop ------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """One layer of GPT-2."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))  # type: ignore[no-any-return]
-
-
-class Transformer(nn.Module):
-    """GPT-2 over bytes; input and output embedding are tied, as GPT-2's are."""
-
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        at = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions(at))))  # type: ignore[no-any-return]
-
-
-class Training:
-    """The loop that is being held up."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        torch.manual_seed(0)
-        self.device = torch.device(options.device)
-        model = Transformer(options.layers, options.width, options.heads, options.context)
-        self.model = model.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
-        self.steps = 0
-        self._batch, self._context = options.batch, options.context
-        self._random = torch.Generator().manual_seed(0)
-        sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        text = b"".join(path.read_bytes() for path in sources)
-        self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint is of: live objects."""
-        return {"model": self.model, "optimizer": self.optimizer}
-
-    @property
-    def state_dicts(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return {name: each.state_dict() for name, each in self.state.items()}
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all tensors, ties counted once."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        for state in self.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def step(self) -> None:
-        """Make one training step. On CUDA, returns before it is done."""
-        starts = torch.randint(
-            len(self._text) - self._context - 1, (self._batch,), generator=self._random
-        )
-        windows = torch.stack([self._text[at : at + self._context + 1] for at in starts.tolist()])
-        windows = windows.to(self.device).long()
-        logits = self.model(windows[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        # here, not after the step: so gradients are resident before a save as they are during one
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.steps += 1
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all steps."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-# -- the ways of saving -----------------------------------------------------------------------
-
-
-class Pending(Protocol):
-    """A save in the background: what Future and SaveHandle have in common."""
-
-    def result(self) -> Any: ...
-    def add_done_callback(self, callback: Callable[[Any], object], /) -> object: ...
-
-
-@dataclass(slots=True)
-class Way:
-    """A way of saving. Here: none at all.
-
-    Attributes:
-        name: its row.
-        synced: what it has synced when it says it is done.
-        directory: where its checkpoints go.
-    """
-
-    name: str
-    synced: str
-    directory: Path
-
-    def open(self) -> None:
-        """Make ready, before the first save."""
-        self.directory.mkdir()
-
-    def save(self, training: Training) -> Pending:
-        """Save; this call is what is timed as blocked."""
-        return _done()
-
-    def close(self) -> None:
-        """Give everything back."""
-
-    def path(self, training: Training) -> Path:
-        """Return a path for the checkpoint of this step."""
-        return self.directory / f"checkpoint-{training.steps}"
-
-
-class TorchSave(Way):
-    """``torch.save``, and then all that is needed for the file to survive a power cut."""
-
-    def save(self, training: Training) -> Pending:
-        path = self.path(training)
-        torch.save(training.state_dicts, path)
-        for each in (path, self.directory):
-            descriptor = os.open(each, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        return _done()
-
-
-class DistributedCheckpoint(Way):
-    """``torch.distributed.checkpoint.async_save`` with its defaults, for a single process."""
-
-    def save(self, training: Training) -> Pending:
-        future = async_save(training.state, checkpoint_id=self.path(training))
-        assert isinstance(future, Future)
-        return future
-
-
-@dataclass(slots=True)
-class AsyncSave(Way):
-    """A `Checkpointer` that lives as long as the run."""
-
-    compression: Any = "auto"
-    overlap: bool = True
-    checkpointer: Checkpointer | None = field(default=None, repr=False)
-
-    def open(self) -> None:
-        self.checkpointer = Checkpointer(
-            self.directory, compression=self.compression, overlap=self.overlap, signals=()
-        )
-
-    def save(self, training: Training) -> Pending:
-        assert self.checkpointer is not None
-        handle = self.checkpointer.save(training.steps, training.state)
-        assert isinstance(handle, SaveHandle)
-        return handle
-
-    def close(self) -> None:
-        if self.checkpointer is not None:
-            self.checkpointer.close()
-
-
-def _done() -> Future[None]:
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
-
-
-def ways(directory: Path, device: str) -> list[Way]:
-    """Return the rows of the table."""
-    rows = [
-        Way(NO_SAVING, "", directory / "none"),
-        TorchSave("torch.save + fsync", "file, directory", directory / "torch"),
-        DistributedCheckpoint("dcp.async_save", "files", directory / "dcp"),
-        AsyncSave("asyncsave, off", "files, directories", directory / "off", "off"),
-        AsyncSave("asyncsave, level 1", "files, directories", directory / "level1", 1),
-        AsyncSave("asyncsave, auto", "files, directories", directory / "auto", "auto"),
-    ]
-    if device == "cuda":
-        synced, path = "files, directories", directory / "overlap-off"
-        rows.insert(4, AsyncSave("asyncsave, off, overlap=False", synced, path, "off", False))
-    return rows
 
 
 # -- measuring --------------------------------------------------------------------------------
@@ -290,6 +97,7 @@ class Cycle:
     Attributes:
         number: its place among all cycles of the run.
         round: 0 for the first save of each way.
+        step_ends: seconds from the call of each step's end.
         report: what asyncsave itself says about the save.
     """
 
@@ -305,6 +113,7 @@ class Cycle:
     rss_before_bytes: int
     rss_peak_bytes: int
     rss_after_bytes: int
+    step_ends: list[float]
     report: dict[str, Any] | None
 
     @property
@@ -333,6 +142,8 @@ def measure(way: Way, training: Training, number: int, round_: int, least_steps:
         ended.append(time.perf_counter())
         done.set()
 
+    training.guard, training.guard_seconds = contextlib.nullcontext, 0.0
+    ends: list[float] = []
     with PeakMemory() as memory:
         began = time.perf_counter()
         pending = way.save(training)
@@ -341,11 +152,13 @@ def measure(way: Way, training: Training, number: int, round_: int, least_steps:
         while steps < least_steps or not done.is_set():
             training.step()
             steps += 1
+            ends.append(time.perf_counter() - began)
             if time.perf_counter() - began > CYCLE_LIMIT_SECONDS:
                 raise TimeoutError(f"not done after {CYCLE_LIMIT_SECONDS:.0f} s")
         training.synchronize()
         seconds = time.perf_counter() - began
     report = pending.result()
+    training.guard = contextlib.nullcontext
     saving = way.name != NO_SAVING
     return Cycle(
         way=way.name,
@@ -354,12 +167,15 @@ def measure(way: Way, training: Training, number: int, round_: int, least_steps:
         steps=steps,
         cycle_seconds=seconds,
         blocked_seconds=blocked if saving else 0.0,
-        fence_seconds=report.fence_seconds if isinstance(report, SaveReport) else 0.0,
+        fence_seconds=report.fence_seconds
+        if isinstance(report, SaveReport)
+        else training.guard_seconds,
         durable_seconds=ended[0] - began if saving else 0.0,
         stored_bytes=_length(way.directory),
         rss_before_bytes=memory.before,
         rss_peak_bytes=memory.peak,
         rss_after_bytes=memory.now(),
+        step_ends=ends,
         report=_plain(report) if isinstance(report, SaveReport) else None,
     )
 
@@ -382,26 +198,30 @@ def settle(way: Way) -> None:
     os.sync()
 
 
-def run(
-    rows: list[Row], training: Training, saves: int, steps_wanted: int | None, log: Console
-) -> int:
-    """Measure all rounds; return how many steps a cycle had at least."""
+def run(rows: list[Row], training: Training, saves: int, steps: int | None, log: Console) -> None:
+    """Measure all rounds.
+
+    Args:
+        steps: of each cycle at least; None for as many as the way's saves have shown to need.
+    """
     for _ in range(WARMUP_STEPS):
         training.step()
-    order, number, steps = random.Random(0), 0, LEAST_STEPS
+    order, number = random.Random(0), 0
     for round_ in range(saves + 1):
         for row in order.sample(rows, len(rows)) if round_ else rows:
-            if row.why is not None:
+            if row.why is not None or (round_ and row.way.first_only):
                 continue
             try:
                 if round_ == 0:
-                    row.way.open()
-                cycle = measure(row.way, training, number, round_, steps)
+                    row.way.open(training)
+                cycle = measure(row.way, training, number, round_, steps or _steps(row, rows))
                 row.cycles.append(cycle)
                 log.print(
                     f"{round_}/{saves} {row.way.name}: {cycle.steps} steps, "
                     f"{cycle.cycle_seconds:.2f} s, blocked {cycle.blocked_seconds:.3f} s"
                 )
+                if row.way.first_only:
+                    row.way.close()
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # DCP's own is not an Exception
@@ -409,18 +229,18 @@ def run(
                 log.print(escape(f"{round_}/{saves} {row.way.name}: {row.why}"))
             number += 1
             settle(row.way)
-        if round_ == 0:
-            steps = steps_wanted or _steps(rows)
-    return steps
 
 
-def _steps(rows: list[Row]) -> int:
-    """Return how many steps hold the slowest save."""
-    plain = min(cycle.step_seconds for row in rows for cycle in row.cycles)
-    slowest = max(
-        (cycle.durable_seconds for row in rows for cycle in row.cycles if row.why is None),
-        default=0.0,
-    )
+def _steps(row: Row, rows: list[Row]) -> int:
+    """Return how many steps hold the slowest save of this way; of any, for the one that has none.
+
+    Warm saves tell, where there are some: first ones take longer.
+    """
+    plain = min((c.step_seconds for r in rows for c in r.cycles), default=math.inf)
+    slowest = 0.0
+    for each in rows if row.way.name == NO_SAVING else [row]:
+        cycles = each.cycles[1:] or each.cycles
+        slowest = max([slowest, *(cycle.durable_seconds for cycle in cycles)])
     return max(LEAST_STEPS, math.ceil(SPARE * slowest / plain))
 
 
@@ -450,6 +270,7 @@ def summarize(row: Row, plain_step: float) -> dict[str, Any]:
     return {
         "name": row.way.name,
         "synced": row.way.synced,
+        "reference": row.way.reference,
         "why": row.why,
         "saves": len(warm),
         "first": first[0] if first else None,
@@ -459,6 +280,63 @@ def summarize(row: Row, plain_step: float) -> dict[str, Any]:
     }
 
 
+def bars(results: dict[str, Any]) -> list[Bar]:
+    """Return what the project promises, and what was measured; of rows that are there."""
+    rows = {row["name"]: row for row in results["rows"] if row["first"] is not None}
+
+    def warm(name: str, figure: str) -> float:
+        return float(rows[name]["warm"][figure]["median"])
+
+    if not {COPY, BARE, DCP, OFF, LEVEL_1, AUTO, PREWARMED} <= rows.keys():
+        return []
+    peers = [
+        name
+        for name, row in rows.items()
+        if not row["reference"] and row["warm"] and not name.startswith("asyncsave")
+    ]
+    best = min(warm(name, "lost_seconds") for name in peers)
+    blocked, durable = warm(OFF, "blocked_seconds"), warm(OFF, "durable_seconds")
+    first, prewarmed, dcp = (
+        rows[name]["first"]["blocked_seconds"] for name in (OFF, PREWARMED, DCP)
+    )
+    found = [
+        ("blocked, off / copy into warm memory", blocked / warm(COPY, "blocked_seconds"), 1.5),
+        ("blocked, off / dcp.async_save", blocked / warm(DCP, "blocked_seconds"), 0.5),
+        ("first blocked, off / dcp.async_save's first", first / dcp, 1.0),
+        ("first blocked after prewarm() / a warm save", prewarmed / blocked, 1.5),
+        ("lost, off / the best peer's", warm(OFF, "lost_seconds") / best, 0.6),
+        (
+            "lost, level 1 / dcp.async_save's",
+            warm(LEVEL_1, "lost_seconds") / warm(DCP, "lost_seconds"),
+            1.0,
+        ),
+        ("durable, off / a bare O_DIRECT write", durable / warm(BARE, "durable_seconds"), 1.3),
+        ("durable, auto / off", warm(AUTO, "durable_seconds") / durable, 1.1),
+    ]
+    judged = [Bar.of(*each) for each in found]
+    if NO_OVERLAP in rows:
+        waited = blocked + warm(OFF, "fence_seconds")
+        copied = results["state_bytes"] / warm(NO_OVERLAP, "blocked_seconds")
+        judged += [
+            Bar.of("blocked + fence / 10 steps", waited / 10 / results["plain_step_seconds"], 0.01),
+            Bar.of("copied / pinned bandwidth", copied / pinned_bandwidth(), 0.8, at_least=True),
+        ]
+    return judged
+
+
+def pinned_bandwidth() -> float:
+    """Return how many bytes a second are copied from the device into pinned memory."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(5):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return 5 * source.nbytes / (time.perf_counter() - begun)
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
     settings, machine = results["settings"], results["hardware"]
@@ -466,8 +344,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         title="What one checkpoint costs a training loop",
         caption=(
             f"{results['state_bytes'] / 1e9:.2f} GB of state on {settings['device']}, "
-            f"{settings['saves']} warm saves each; {results['steps_per_cycle']} steps of "
-            f"{results['plain_step_seconds']:.3f} s in a cycle\n"
+            f"{settings['saves']} warm saves each; a step takes "
+            f"{results['plain_step_seconds']:.3f} s\n"
             f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
             f"{machine['memory_bytes'] / 2**30:.0f} GiB, {results['filesystem']}, "
             f"torch {results['versions']['torch']}\n"
@@ -490,13 +368,16 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     first, name = row["first"], row["name"]
-    if row["warm"] is None:
+    if first is None or (row["why"] is not None and row["warm"] is None):
         return [name, "failed: see below", *[""] * 8]
+    firsts = [f"{first['blocked_seconds']:.3f}", f"{first['lost_seconds']:.2f}"]
+    if row["warm"] is None:
+        return [name, *["–"] * 4, row["synced"], *["–"] * 2, *firsts]
     warm = {key: Spread(**value) for key, value in row["warm"].items()}
     lost = warm["lost_seconds"].show()
     extra = warm["extra_memory_bytes"].show(0, 1e6)
     if name == NO_SAVING:
-        return [name, "–", "–", lost, "–", "", "–", extra, "–", f"{first['lost_seconds']:.2f}"]
+        return [name, "–", "–", lost, "–", "", "–", extra, "–", firsts[1]]
     return [
         name,
         warm["blocked_seconds"].show(3),
@@ -506,8 +387,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["synced"],
         f"{warm['stored_bytes'].median / 1e9:.3f}",
         extra,
-        f"{first['blocked_seconds']:.3f}",
-        f"{first['lost_seconds']:.2f}",
+        *firsts,
     ]
 
 
@@ -521,7 +401,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help=f"default: {BATCH}, on CUDA {CUDA_BATCH}")
     parser.add_argument("--context", type=int, help=f"default: {CONTEXT}, on CUDA {CUDA_CONTEXT}")
     parser.add_argument("--saves", type=int, help=f"warm saves of each way; default: {SAVES}")
-    parser.add_argument("--steps", type=int, help="in a cycle; default: as the slowest save needs")
+    parser.add_argument("--steps", type=int, help="in a cycle; default: as the way's saves need")
+    parser.add_argument("--ways", nargs="+", help="only rows that contain one of these")
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="default: bench/results/stall.json; quick: none")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")
@@ -566,20 +447,28 @@ def main(arguments: list[str]) -> int:
         log.print(f"asyncsave {asyncsave.__version__}, checkpoints on {about['filesystem']}")
         if about["filesystem"] == "tmpfs":
             log.print("tmpfs is memory: choose another --directory to measure a disk")
-        training = Training(options)
-        rows = [Row(way) for way in ways(directory, options.device)]
+        training = Training(
+            options.layers,
+            options.width,
+            options.heads,
+            batch=options.batch,
+            context=options.context,
+            device=options.device,
+        )
+        wanted = options.ways and [NO_SAVING, *options.ways]
+        rows = [Row(way) for way in ways(directory, options.device, wanted)]
         expected = 12 * sum(parameter.numel() for parameter in training.model.parameters())
         available = psutil.virtual_memory().available
-        if available < 5 * expected:  # three arenas, one snapshot of DCP, the state itself
+        if available < 9 * expected:  # arenas, cached stagers, snapshots, the state itself
             log.print(f"only {available / 1e9:.1f} GB of memory: asyncsave will stage in waves")
         try:
-            steps = run(rows, training, options.saves, options.steps, log)
+            run(rows, training, options.saves, options.steps, log)
         finally:
             for row in rows:
                 row.way.close()
     plain = [c for row in rows if row.way.name == NO_SAVING for c in row.cycles if c.round]
     plain_step = Spread.of(cycle.step_seconds for cycle in plain).median
-    results = {
+    results: dict[str, Any] = {
         "benchmark": "stall",
         "question": "What does one checkpoint cost a training loop?",
         **about,
@@ -588,15 +477,22 @@ def main(arguments: list[str]) -> int:
         },
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "state_bytes": training.state_bytes,
-        "steps_per_cycle": steps,
         "plain_step_seconds": plain_step,
         "run_seconds": time.perf_counter() - began,
         "rows": [summarize(row, plain_step) for row in rows],
         "cycles": [asdict(cycle) for row in rows for cycle in row.cycles],
     }
+    judged = bars(results)
+    results["bars"] = [asdict(bar) for bar in judged]
     if options.json is not None:
         write_json(options.json, results)
+        try:
+            draw_bars(results, options.json.with_suffix(".png"))
+            draw_timeline(results, options.json.with_name(f"{options.json.stem}-timeline.png"))
+        except ImportError as cause:
+            log.print(f"no pictures: {cause}")
     show(results, console)
+    show_bars(judged, console)
     log.print(f"{results['run_seconds']:.0f} s in all")
     return 0
 

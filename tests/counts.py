@@ -9,6 +9,7 @@ WORDS = {
     "images": "crash images checked",
     "kills": "kills survived",
     "flips": "bytes flipped",
+    "hostile": "hostile files refused",
 }
 
 _totals: Counter[str] = Counter()

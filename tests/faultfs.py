@@ -208,5 +208,8 @@ class _FaultyReadable:
             self._faults.flip(view)
         return count
 
+    def skip_hole(self, offset: int) -> int:
+        return self._file.skip_hole(offset)
+
     def close(self) -> None:
         self._file.close()

@@ -25,6 +25,7 @@ ORDER = [
     "storage",
     "memory",
     "handle",
+    "watchdog",
     "task",
     "workers",
     "pipeline",
@@ -32,11 +33,14 @@ ORDER = [
     "match",
     "restore",
     "single",
+    "sample",
+    "tune",
     "cadence",
     "signals",
     "checkpointer",
     "distributed",
     "cli",
+    "__main__",
     "integrations",
 ]
 PURE = ["state", "codec", "storage/manifest.py"]
@@ -120,7 +124,16 @@ def test_modules_are_readable(path: Path) -> None:
 def test_the_public_names_are_the_documented_ones() -> None:
     documented = {
         *("save", "load", "restore", "verify", "Checkpointer", "SaveHandle", "SaveReport"),
-        *("VerifyReport", "Stats", "Compression", "RngState", "__version__"),
+        *(
+            "VerifyReport",
+            "Stats",
+            "TuneReport",
+            "TuneRow",
+            "tune",
+            "Compression",
+            "RngState",
+            "__version__",
+        ),
         *("AsyncSaveError", "ConfigError", "StateError", "ClosedError", "BusyError"),
         *("CheckpointExistsError", "SaveError", "StagingError", "WriteError", "DiskFullError"),
         *("CommitError", "LoadError", "CheckpointNotFoundError", "FormatError"),

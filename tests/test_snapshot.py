@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import asyncsave
-from asyncsave.pipeline import Pipeline
 from asyncsave.snapshot.arena import Arena
-from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.snapshot.snapshotter import Snapshotter
+from asyncsave.state.plan import Planner
+from asyncsave.state.tree import flatten
 from asyncsave.task import Target
 
+from .fake_device import FakeDevice, make_pipeline, tensors_of
 from .support import GatedFileSystem, assert_same
 
 
@@ -27,21 +30,6 @@ def training_state() -> dict[str, Any]:
     model(torch.randn(8, 64)).sum().backward()
     optimizer.step()
     return {"model": model, "optimizer": optimizer, "extra": torch.randn(3 << 20)}
-
-
-def tensors_of(state: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    if isinstance(state, torch.Tensor):
-        found.append(state)
-    elif isinstance(state, dict):
-        for value in state.values():
-            found += tensors_of(value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            found += tensors_of(value)
-    elif hasattr(state, "state_dict"):
-        found += tensors_of(state.state_dict())
-    return found
 
 
 @pytest.mark.parametrize("compression", ["off", 1, "auto"])
@@ -64,17 +52,6 @@ def test_mutating_everything_right_after_save_never_shows(
         assert_same(copies, [t.clone() for t in tensors_of(ckpt.load())])
 
 
-def make_pipeline(transport: Any = None, **options: Any) -> Pipeline:
-    arguments: dict[str, Any] = {
-        "compression": asyncsave.Compression(0),
-        "memory_limit": "auto",
-        "overlap": True,
-        "durable": False,
-        **options,
-    }
-    return Pipeline(LocalFileSystem(), transport=transport, **arguments)
-
-
 def test_the_second_save_allocates_no_slot(tmp_path: Path) -> None:
     pipeline = make_pipeline(compression=asyncsave.Compression(1))
     state = training_state()
@@ -91,6 +68,35 @@ def test_the_second_save_allocates_no_slot(tmp_path: Path) -> None:
     assert budget is not None
     assert used <= pipeline._memory.nbytes <= budget.total_bytes
     pipeline.close()
+
+
+def test_many_leaves_set_off_no_garbage_collection() -> None:
+    flat = flatten({str(i): torch.zeros(2) for i in range(20_000)})
+    late = [False] * len(flat.values)
+    planner = Planner()
+    plan = planner.plan(flat, 1 << 20, late)
+    before = gc.get_stats()[0]["collections"]
+    assert planner.plan(flat, 1 << 20, late) is plan
+    assert gc.get_stats()[0]["collections"] - before <= 1  # flatten() may have left almost one
+    assert not any(map(gc.is_tracked, (*plan.sources, *plan.placements, *plan.chunks[0].pieces)))
+
+
+def test_views_of_one_slot_at_most_are_kept_for_a_chunk() -> None:
+    flat = flatten({f"{i:02}": torch.full((3, 5), float(i)) for i in range(100)})
+    plan = Planner().plan(flat, 1 << 20, [False] * 100)
+    snapshotter, arena = Snapshotter(None, overlap=True), Arena(8192, 3)
+    for _ in range(2):
+        slots = [arena.acquire(wait=False) for _ in range(3)]
+        for slot in slots:
+            assert slot is not None
+            slot.array[:] = 0
+            snapshotter.stage(flat, plan, plan.chunks[0], slot, None)
+            saved = slot.array[: plan.nbytes].view(np.float32).reshape(100, 15)
+            assert (saved == np.arange(100)[:, None]).all()
+            arena.release(slot)
+    assert len(snapshotter._bound) == 1
+    snapshotter.forget()
+    arena.close()
 
 
 def test_slots_are_pages() -> None:
@@ -164,64 +170,6 @@ def test_a_limit_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
 
 
 # -- late copies, through a device that is only pretended -----------------------------------------
-
-
-class FakeEvent:
-    def __init__(self, done: threading.Event) -> None:
-        self._done = done
-
-    def synchronize(self) -> None:
-        assert self._done.wait(20)
-
-    def query(self) -> bool:
-        return self._done.is_set()
-
-
-class FakeProbe:
-    def seconds(self) -> float:
-        return 0.25
-
-
-class FakeDevice:
-    """Pretends that all tensors but 'extra' are on a device whose copies finish when told to.
-
-    A fence makes the "compute stream" wait: here, the copy is carried out on the spot.
-    """
-
-    pinned = False
-
-    def __init__(self) -> None:
-        self.copies: list[tuple[threading.Event, list[tuple[torch.Tensor, torch.Tensor]]]] = []
-        self.waits = 0
-        self.eager = False
-
-    def owns(self, tensor: torch.Tensor) -> bool:
-        return tensor.numel() < 1 << 20
-
-    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> FakeEvent:
-        done = threading.Event()
-        self.copies.append((done, list(pairs)))
-        late = all(isinstance(source, torch.Tensor) for _, source in pairs)
-        assert late
-        if self.eager:
-            self.finish()
-        return FakeEvent(done)
-
-    def finish(self) -> None:
-        with torch.no_grad():
-            for done, pairs in self.copies:
-                if not done.is_set():
-                    for destination, source in pairs:
-                        destination.copy_(source)
-                    done.set()
-
-    def drain(self) -> None:
-        self.finish()
-
-    def wait(self, event: Any) -> FakeProbe:
-        self.waits += 1
-        self.finish()
-        return FakeProbe()
 
 
 def simple_training() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, Any]]:
@@ -308,6 +256,7 @@ def test_buffers_and_raw_tensors_are_never_late(tmp_path: Path) -> None:
     model = torch.nn.BatchNorm1d(4)
     loose = torch.randn(4)
     state = {"model": model, "loose": loose}
+    device.serves_who_waits = False
     finisher = threading.Timer(0.05, device.finish)
     finisher.start()
     handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)  # returns once those are copied

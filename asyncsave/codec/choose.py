@@ -1,10 +1,15 @@
 """Choose: which level a chunk is encoded with.
 
-``compression="auto"`` is settled per chunk, from what this run has measured so far: writing at
-``w`` bytes per second takes ``1/w`` per byte uncompressed; encoding at ``e`` (all encoders
-together) to a fraction ``r`` takes ``max(1/e, r/w)``, because both go on at once. The smaller wins,
-with a margin for noise, so a fast disk is left alone and a slow one is helped. Pure: what was
-measured is told to it.
+``compression="auto"`` is settled per chunk, from what the last chunks took: writing at ``w`` bytes
+per second takes ``1/w`` per byte uncompressed; encoding at ``e`` (all encoders together) to a
+fraction ``r`` takes ``max(1/e, r/w)``, because both go on at once. The smaller wins, with a margin,
+so a fast disk is left alone, as it is when the training keeps the encoders from their cores, and a
+slow disk is helped. What the final sync takes per byte is counted on both sides, since it begins
+when encoding is over: where it is most of the time, encoding gains little.
+
+What encoding would bring is not known before a chunk was encoded, so one is, as a probe: the second
+of the first save, by when the first one keeps the disk busy; in some later saves one that has
+enough others before it to be ready when its turn comes. Pure: what was measured is told to it.
 """
 
 from __future__ import annotations
@@ -17,8 +22,10 @@ from ..errors import ConfigError
 
 AUTO_LEVEL = 1
 _MARGIN = 0.9  # encoding must promise a tenth, or the CPU time is better left to the training
-_FADE = 0.5  # how much the last save's measurements count beside this one's
-_PROBE_AFTER = 2  # frames written before the first one is encoded to see what that would bring
+_CAUTION = 1.25  # a probe has the cores to itself; side by side, encoders are slower by as much
+_FADE = 0.85  # how much a frame's measurement counts once the next one is there
+_SYNC_FADE = 0.5  # the same for syncs, of which a save has one
+_PROBE_EVERY = 4  # saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,53 +68,65 @@ def parse_compression(setting: CompressionSetting) -> Compression | None:
 
 
 class Chooser:
-    """Picks levels. `pick` and `encoded` are called by encoders, the rest by the event loop."""
+    """Picks levels. Encoders call `encoded`, the event loop all else."""
 
     def __init__(self, setting: Compression | None, encoders: int) -> None:
         self._fixed = None if setting is None else setting.level
         self._encoders = encoders
         self._lock = threading.Lock()
-        self._frames = 0
-        self._written_bytes = self._written_seconds = 0.0
-        self._raw_bytes = self._stored_bytes = self._encode_seconds = 0.0
-        self._probing = False
+        self._saves = self._picks = 0
+        self._written_bytes = self._write_seconds = 0.0
+        self._synced_bytes = self._sync_seconds = 0.0
+        self._raw_bytes = self._encoded_bytes = self._encode_seconds = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether picks depend on what was measured, so that they are best made late."""
+        return self._fixed is None
 
     def begin_save(self) -> None:
-        """Let what earlier saves measured fade, and look at encoding afresh."""
-        with self._lock:
-            self._written_bytes *= _FADE
-            self._written_seconds *= _FADE
-            self._raw_bytes *= _FADE
-            self._stored_bytes *= _FADE
-            self._encode_seconds *= _FADE
-            self._frames = 0
-            self._probing = False
+        """Note that the next chunk is the first of a save."""
+        self._saves += 1
+        self._picks = 0
 
     def pick(self) -> int:
         """Return the level for the next chunk."""
         if self._fixed is not None:
             return self._fixed
         with self._lock:
-            if self._frames >= _PROBE_AFTER and not self._probing:
-                self._probing = True  # once in every save, so that the figures stay fresh
+            self._picks += 1
+            if self._picks == self._probe():
                 return AUTO_LEVEL
-            if not self._written_seconds or not self._encode_seconds:
+            if not self._write_seconds or not self._encode_seconds:
                 return 0
-            write = self._written_bytes / self._written_seconds
-            encode = self._raw_bytes / self._encode_seconds * self._encoders
-            ratio = self._stored_bytes / self._raw_bytes
-            return AUTO_LEVEL if max(1 / encode, ratio / write) < _MARGIN / write else 0
+            write = self._write_seconds / self._written_bytes
+            encode = self._encode_seconds / self._raw_bytes / self._encoders
+            ratio = self._encoded_bytes / self._raw_bytes
+            sync = self._sync_seconds / self._synced_bytes if self._synced_bytes else 0.0
+            encoded = max(encode * _CAUTION, ratio * write) + sync
+            return AUTO_LEVEL if encoded < _MARGIN * (write + sync) else 0
 
-    def encoded(self, raw_bytes: int, stored_bytes: int, seconds: float) -> None:
+    def _probe(self) -> int:
+        """Return which pick of this save is encoded in any case; 0 if none is."""
+        if not self._encode_seconds:
+            return 2
+        return self._encoders + 4 if self._saves % _PROBE_EVERY == 0 else 0
+
+    def encoded(self, raw_bytes: int, encoded_bytes: int, seconds: float) -> None:
         """Note what encoding one chunk took on one encoder, and brought."""
         with self._lock:
-            self._raw_bytes += raw_bytes
-            self._stored_bytes += stored_bytes
-            self._encode_seconds += seconds
+            self._raw_bytes = self._raw_bytes * _FADE + raw_bytes
+            self._encoded_bytes = self._encoded_bytes * _FADE + encoded_bytes
+            self._encode_seconds = self._encode_seconds * _FADE + seconds
 
-    def wrote(self, stored_bytes: int, seconds: float) -> None:
-        """Note what writing took; the final sync counts as a write of no bytes."""
+    def wrote(self, nbytes: int, seconds: float) -> None:
+        """Note what writing one frame took."""
         with self._lock:
-            self._frames += 1
-            self._written_bytes += stored_bytes
-            self._written_seconds += seconds
+            self._written_bytes = self._written_bytes * _FADE + nbytes
+            self._write_seconds = self._write_seconds * _FADE + seconds
+
+    def synced(self, nbytes: int, seconds: float) -> None:
+        """Note what the sync after all frames took."""
+        with self._lock:
+            self._synced_bytes = self._synced_bytes * _SYNC_FADE + nbytes
+            self._sync_seconds = self._sync_seconds * _SYNC_FADE + seconds

@@ -100,7 +100,7 @@ def plane_lengths(coding: str, raw_length: int) -> tuple[int, ...]:
     """
     layout = _LAYOUTS.get(coding)
     if layout is None:
-        raise ValueError(f"unknown coding {coding!r}")
+        raise ValueError(f"unknown coding {coding!r:.40}")
     count, rest = divmod(raw_length, layout.element_bytes)
     if rest or count < 0:
         raise ValueError(

@@ -154,6 +154,8 @@ def _check_frame(frame: ByteArray, content_bytes: int) -> None:
         last, kind, length = bool(block & 1), block >> 1 & 3, block >> 3
         if position + 3 > frame.size or kind == _BLOCK_RESERVED or length > _BLOCK_BYTES:
             raise ValueError("zstd frame is cut short or broken")
+        if not length and not last:  # a hole in a file is millions of these
+            raise ValueError("zstd frame has an empty block before its end")
         position += 3 + (1 if kind == _BLOCK_RLE else length)
     if position + 4 * header.has_checksum != frame.size:
         raise ValueError("zstd frame is cut short, or more follows it")

@@ -51,6 +51,16 @@ class Staged:
     late: LateCopies | None = None
 
 
+@dataclass(slots=True)
+class _Bound:
+    """The views of ``slot`` that a chunk's whole leaves are copied into, and its other pieces."""
+
+    slot: Slot
+    destinations: list[torch.Tensor]
+    leaves: list[int]
+    rest: list[Piece]
+
+
 class Snapshotter:
     """Copies chunks into slots; used by the training thread.
 
@@ -63,7 +73,7 @@ class Snapshotter:
         self.transport = transport
         self._overlap = overlap
         self._plan: Plan | None = None
-        self._bound: dict[tuple[int, int], tuple[list[torch.Tensor], list[int], list[Piece]]] = {}
+        self._bound: dict[int, _Bound] = {}
 
     def late(self, flat: Flat) -> list[bool]:
         """Return for every leaf whether only ``optimizer.step()`` changes it, as far as is known.
@@ -117,25 +127,24 @@ class Snapshotter:
     def _stage(
         self, flat: Flat, plan: Plan, chunk: Chunk, slot: Slot, late: LateCopies | None
     ) -> Staged:
-        key = (chunk.index, slot.index)
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = _bind(flat, plan, chunk, slot)
-        destinations, leaves, rest = bound
+        bound = self._bound.get(chunk.index)
+        if bound is None or bound.slot is not slot:
+            bound = self._bound[chunk.index] = _bind(flat, plan, chunk, slot)
         values = flat.values
-        pairs: list[tuple[torch.Tensor, Any]] = [
-            (destination, values[leaf])
-            for destination, leaf in zip(destinations, leaves, strict=True)
-        ]
-        for piece in rest:
-            pairs.extend(_pairs(values, plan.sources[piece.source], piece, slot))
+        destinations = list(bound.destinations)
+        sources: list[Any] = [values[leaf] for leaf in bound.leaves]
+        for piece in bound.rest:
+            for destination, source in _pairs(values, plan.sources[piece.source], piece, slot):
+                destinations.append(destination)
+                sources.append(source)
         first = values[plan.sources[chunk.pieces[0].source].leaf]
         transport = self.transport
         if transport is None or not isinstance(first, torch.Tensor) or not transport.owns(first):
-            for destination, source in pairs:
-                destination.copy_(source)
+            if destinations:
+                # one call for all: 20,000 tensors of 1 KiB take 20 ms, by copy_() of each 29
+                torch._foreach_copy_(destinations, sources)
             return Staged(chunk, slot)
-        event = transport.copy(pairs)
+        event = transport.copy(list(zip(destinations, sources, strict=True)))
         if late is None or not chunk.late:
             return Staged(chunk, slot, event)
         late.add(chunk.index, _guards(flat, plan, chunk), event)
@@ -158,17 +167,17 @@ def _guards(flat: Flat, plan: Plan, chunk: Chunk) -> list[tuple[str, torch.Tenso
         leaf = plan.sources[piece.source].leaf
         value = flat.values[leaf]
         assert isinstance(value, torch.Tensor)
-        guards.append((flat.names[leaf], value, value._version))
+        # detached: it shares the version, and keeps the memory even if `value.data = …` lets it go
+        guards.append((flat.names[leaf], value.detach(), value._version))
     return guards
 
 
-def _bind(
-    flat: Flat, plan: Plan, chunk: Chunk, slot: Slot
-) -> tuple[list[torch.Tensor], list[int], list[Piece]]:
+def _bind(flat: Flat, plan: Plan, chunk: Chunk, slot: Slot) -> _Bound:
     """Make the views of ``slot`` that whole tensors are copied into; return what is left over."""
     destinations: list[torch.Tensor] = []
     leaves: list[int] = []
     rest: list[Piece] = []
+    elements = None  # those of a chunk are of one dtype
     for piece in chunk.pieces:
         source = plan.sources[piece.source]
         value = flat.values[source.leaf]
@@ -178,12 +187,14 @@ def _bind(
             and isinstance(value, torch.Tensor)
             and value.dtype in _COPIED_AS_THEY_ARE
         ):
-            run = slot.tensor[piece.offset : piece.offset + source.nbytes]
-            destinations.append(run.view(value.dtype).view(value.shape))
+            # one call instead of a slice and two views; a slot is at the start of its storage
+            elements = slot.tensor.view(value.dtype) if elements is None else elements
+            offset = piece.offset // value.element_size()
+            destinations.append(elements.as_strided(value.shape, value.stride(), offset))
             leaves.append(source.leaf)
         else:
             rest.append(piece)
-    return destinations, leaves, rest
+    return _Bound(slot, destinations, leaves, rest)
 
 
 def _pairs(

@@ -22,7 +22,20 @@ from ..errors import FormatError, UnsupportedVersionError
 MAX_DEPTH = 64
 """Containers nested deeper than this are taken for a cycle, and refused on load too."""
 
+_LONGEST_NAME = 4096
+"""Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
+
 _HEX_INT = re.compile("-?[0-9a-f]+")
+
+# What `dtype.str` can be. numpy.dtype() takes far more: it warns of some, and evaluates others.
+_NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm][0-9]{1,10}(\[[0-9]{0,10}[A-Za-z]{1,2}\])?")
+
+# Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
+_TORCH_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
 
 
 class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):
@@ -157,15 +170,11 @@ def plain(node: Node) -> Any:
         case StrNode():
             return node.data.decode("utf-8", "surrogatepass")
         case SizeNode():
+            if not all(-(2**63) <= dim < 2**63 for dim in node.dims):
+                raise FormatError("the checkpoint has a torch.Size with a number beyond 64 bits")
             return torch.Size(node.dims)
         case DtypeNode():
-            dtype = getattr(torch, node.name, None)
-            if not isinstance(dtype, torch.dtype):
-                raise UnsupportedVersionError(
-                    f"the checkpoint names the dtype {node.name!r:.40}, which this torch does not "
-                    "know: install a newer one"
-                )
-            return dtype
+            return _torch_dtype(node.name)
         case DeviceNode():
             return torch.device(node.name)
         case NumpyNode():
@@ -174,23 +183,38 @@ def plain(node: Node) -> Any:
             return node
 
 
+def _torch_dtype(name: str) -> torch.dtype:
+    if name in _TORCH_DTYPES:
+        return _TORCH_DTYPES[name]
+    if not name.isidentifier() or len(name) > 40:
+        raise FormatError(f"the checkpoint names the dtype {name!r:.40}, which is no name of one")
+    raise UnsupportedVersionError(
+        f"the checkpoint names the dtype {name!r}, which this torch does not know: install a newer "
+        "one"
+    )
+
+
 def numpy_scalar(node: NumpyNode) -> np.generic:
     """Return the scalar of a NumpyNode whose dtype `numpy_dtype` accepts."""
     dtype = numpy_dtype(node.dtype)
     if dtype.itemsize != len(node.data):
         raise FormatError(f"a NumPy scalar of dtype {node.dtype!r} has {len(node.data)} bytes")
+    if dtype.kind == "U":
+        points = np.frombuffer(node.data, dtype.str[0] + "u4")
+        if points.max() > 0x10FFFF:  # Python would raise SystemError
+            raise FormatError("a NumPy scalar has characters that are beyond Unicode")
     return np.frombuffer(node.data, dtype=dtype)[0]  # type: ignore[no-any-return]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype that ``name`` (a ``dtype.str``) says, if it is one that can be saved."""
     try:
-        dtype = np.dtype(name) if len(name) <= 32 else None
-    except (TypeError, ValueError, SyntaxError):
+        dtype = np.dtype(name) if _NUMPY_DTYPE.fullmatch(name) else None
+    except (TypeError, ValueError):
         dtype = None
     if dtype is not None and dtype.kind in "mM" and np.datetime_data(dtype)[1] < 1:
         dtype = None
-    if dtype is None or dtype.kind not in "?biufcSUMm" or dtype.str != name or not dtype.itemsize:
+    if dtype is None or dtype.str != name or not dtype.itemsize:
         raise FormatError(
             f"the checkpoint names the NumPy dtype {name!r:.40}, which is not allowed"
         )
@@ -275,7 +299,7 @@ def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
         if not isinstance(node, CONTAINERS):
             return False, None
         prefix = f"{name}." if name else ""
-        results = [walk(value, prefix + key) for key, value in children(node)]
+        results = [walk(value, (prefix + key)[:_LONGEST_NAME]) for key, value in children(node)]
         if not any(kept for kept, _ in results):
             return False, None
         if isinstance(node, (DictNode, OrderedDictNode)):
@@ -295,8 +319,9 @@ def _names(node: Node, name: str) -> Iterator[str]:
     if isinstance(node, ObjectNode):
         yield from _names(node.state, name)
     for key, child in children(node):
-        yield f"{name}.{key}"
-        yield from _names(child, f"{name}.{key}")
+        inner = f"{name}.{key}"[:_LONGEST_NAME]
+        yield inner
+        yield from _names(child, inner)
 
 
 def bulk_indices(tree: Node) -> list[int]:

@@ -17,6 +17,10 @@ saved as its elements alone unless it is tied to something.
 
 Plans hold no tensors. A plan is valid as long as the signature of the leaves is the same, so the
 second save of the same training state costs one comparison. Pure: no threads, no files, no clock.
+
+What there is one of for every leaf is a Struct that the garbage collector does not track, and the
+comparison keeps no objects: 20,000 leaves of either kind set off full collections, which made 0.12
+of the 0.19 s that a save then blocked (now 0.06).
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -45,8 +50,7 @@ class Copy(enum.Enum):
     BYTES = enum.auto()  # a NumPy array or bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True, gc=False):
     """One run of the address space that is read from one place.
 
     Attributes:
@@ -64,8 +68,7 @@ class Source:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """Bytes ``start`` to ``stop`` of a source, at ``offset`` in its chunk."""
 
     source: int
@@ -93,8 +96,7 @@ class Chunk:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where one leaf is: the address of its first element, and how to step from there.
 
     ``strides`` (in elements) is None when the elements lie in row-major order.
@@ -150,14 +152,18 @@ class Planner:
             chunk_bytes: longest chunk, a multiple of ALIGNMENT.
             late: for every leaf, whether its copy may be made until the fence.
         """
-        values = flat.values
+        values: list[Any] = flat.values
         fixed = (chunk_bytes, list(late))
-        forms = [_form(value) for value in values]
-        places = [_place(value) for value in values]
-        same = self._plan is not None and fixed == self._fixed and forms == self._forms
+        same = fixed == self._fixed and len(values) == len(self._forms)
+        places = []
+        for i, value in enumerate(values):  # once: with many tensors, each is in no cache
+            same = same and _form(value) == self._forms[i]
+            places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
         if not same or (places != self._places and not self._still_untied(values, places)):
-            self._plan = _make_plan(values, chunk_bytes, late)
-            self._fixed, self._forms = fixed, forms
+            self._plan = _make_plan(flat.names, values, chunk_bytes, late)
+            shared: dict[Any, Any] = {}
+            self._fixed = fixed
+            self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
             self._storages = [_storage(value) for value in values]
         self._places = places
         assert self._plan is not None
@@ -179,24 +185,27 @@ class Planner:
         return all(after[self._storages[i]] == 1 for i in moved)
 
 
-def _form(value: Bulk) -> Any:
-    if isinstance(value, torch.Tensor):
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # flatten() lets no others through
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+
+
+def _form(value: Any) -> Any:
+    # a third of what a small tensor costs: every line is 0.05 to 0.15 µs
+    kind = type(value)
+    if kind in _TENSORS:
+        dtype = value.dtype
         return (
             value.shape,
-            value.dtype,
+            dtype,
             value.device,
             None if value.is_contiguous() else value.stride(),
             value.requires_grad,
-            value.is_conj() or value.is_neg(),
-            type(value) is torch.nn.Parameter,
+            value.is_neg() or (dtype in _COMPLEX and value.is_conj()),
+            kind,
         )
-    if isinstance(value, np.ndarray):
+    if kind is np.ndarray:
         return (value.shape, value.dtype)
     return len(value)
-
-
-def _place(value: Bulk) -> int:
-    return value.data_ptr() if isinstance(value, torch.Tensor) else id(value)
 
 
 def _storage(value: Bulk) -> int:
@@ -210,8 +219,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@dataclass(slots=True)
-class _View:
+class _View(msgspec.Struct, gc=False):
     """A leaf's footprint in memory while sources are being found."""
 
     leaf: int
@@ -224,7 +232,9 @@ class _View:
     offset: int = 0
 
 
-def _make_plan(values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]) -> Plan:
+def _make_plan(
+    names: Sequence[str], values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]
+) -> Plan:
     sources: list[Source] = []
     keys: list[tuple[str, str, bool]] = []  # per source: device, coding dtype, late
     views = _find_sources(values, late, sources, keys)
@@ -237,6 +247,9 @@ def _make_plan(values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]) -
         if sources[i].nbytes:
             groups.setdefault(key, []).append(i)
     for (_, dtype, is_late), members in groups.items():
+        # Likes side by side: all exp_avg, then all exp_avg_sq. Chunks of one kind of numbers are
+        # smaller when they are encoded: measured on AdamW's state, by 2 %.
+        members.sort(key=lambda i: names[sources[i].leaf].rpartition(".")[2])
         ends.append(_cut(members, sources, starts, chunks, ends[-1], chunk_bytes, dtype, is_late))
 
     placements = []
@@ -285,7 +298,7 @@ def _find_sources(
 ) -> list[_View]:
     """Fill ``sources`` and ``keys``; return for every leaf which source it is in, and where."""
     views: list[_View] = []
-    by_storage: dict[tuple[str, int], list[_View]] = {}
+    by_storage: dict[tuple[torch.device, int], list[_View]] = {}
     seen_arrays: dict[int, _View] = {}
     for leaf, value in enumerate(values):
         if not isinstance(value, torch.Tensor):
@@ -300,7 +313,7 @@ def _find_sources(
             _add(view, value, Copy.GATHER, sources, keys, late[leaf])
         else:
             base = value.untyped_storage().data_ptr()
-            by_storage.setdefault((str(value.device), base), []).append(view)
+            by_storage.setdefault((value.device, base), []).append(view)
     for (_, base), members in by_storage.items():
         members.sort(key=lambda view: (view.low, -view.high))
         cluster = [members[0]]
@@ -318,9 +331,11 @@ def _find_sources(
 
 def _view(leaf: int, value: torch.Tensor) -> _View:
     low = value.data_ptr()
-    steps = zip(value.shape, value.stride(), strict=True)
-    extent = 1 + sum((size - 1) * stride for size, stride in steps) if value.numel() else 0
-    strides = None if value.is_contiguous() else tuple(value.stride())
+    extent, strides = value.numel(), None
+    if extent and not value.is_contiguous():
+        strides = tuple(value.stride())
+        steps = zip(value.shape, strides, strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in steps)
     itemsize = value.element_size()
     return _View(leaf, low, low + extent * itemsize, itemsize, dtype_name(value.dtype), strides)
 
@@ -355,7 +370,7 @@ def _add_cluster(
     value = values[first.leaf]
     assert isinstance(value, torch.Tensor)
     is_late = all(late[view.leaf] for view in cluster)
-    same = all(
+    same = len(cluster) == 1 or all(
         (view.low, view.strides, view.dtype) == (first.low, first.strides, first.dtype)
         and _shape(values[view.leaf]) == value.shape
         for view in cluster

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import struct
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -190,7 +191,10 @@ class _Flattener:
     def _tensor(self, value: torch.Tensor, name: str, depth: int) -> Node:
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise StateError(_tensor_refusal(value, name))
-        return self._bulk(value, name)
+        flat = self._flat  # as in _bulk(), without the call
+        flat.names.append(name)
+        flat.values.append(value)
+        return TensorNode(len(flat.values) - 1)
 
     def _array(self, value: np.ndarray[Any, Any], name: str, depth: int) -> Node:
         if value.dtype.kind not in "?biufcSUMm" or value.dtype.itemsize == 0:
@@ -336,6 +340,9 @@ def named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     # namedtuple() refuses whatever is not an identifier, so no record can smuggle in code
     if len(fields) > 256 or len(name) > 256 or any(len(part) > 256 for part in fields):
         raise FormatError("the checkpoint has a NamedTuple with too many or too long names")
+    # Python reads identifiers in their normal form, so that two different ones may be the same
+    if any(unicodedata.normalize("NFKC", part) != part for part in (name, *fields)):
+        raise FormatError(f"the checkpoint has a NamedTuple {name!r} with names not in normal form")
     key = (name, fields)
     if key not in _made:
         if len(_made) >= 1024:

@@ -53,6 +53,9 @@ class ReadableFile(Protocol):
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from ``offset``; return how many bytes there were."""
 
+    def skip_hole(self, offset: int) -> int:
+        """Return the first offset from this one on that may hold anything but zeros."""
+
     def close(self) -> None:
         """Close it."""
 
@@ -268,6 +271,12 @@ class _LocalReadable:
                 break
             done += count
         return done
+
+    def skip_hole(self, offset: int) -> int:
+        try:
+            return os.lseek(self._descriptor, offset, os.SEEK_DATA)
+        except OSError as cause:
+            return self.nbytes if cause.errno == errno.ENXIO else offset
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -8,6 +8,7 @@ no threads, no files, no clock.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -18,22 +19,10 @@ import torch
 import xxhash
 
 from ..codec.planes import plane_lengths
-from ..errors import FormatError, IntegrityError, StateError, UnsupportedVersionError
-from ..state.nodes import (
-    CONTAINERS,
-    MAX_DEPTH,
-    DictNode,
-    NamedTupleNode,
-    Node,
-    OrderedDictNode,
-    TensorNode,
-    is_key,
-    numpy_dtype,
-    parts,
-    plain,
-)
+from ..errors import FormatError, IntegrityError, LoadError, StateError, UnsupportedVersionError
+from ..state.nodes import Node, numpy_dtype
 from ..state.plan import Plan
-from ..state.tree import IMPOSSIBLE, named_tuple
+from ..state.validate import validate_tree
 
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
@@ -59,7 +48,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
 
-class ShardRecord(_Record, frozen=True):
+class ShardRecord(_Record, frozen=True, gc=False):
     """The piece of a tensor that this rank holds.
 
     ``start`` is the address of its first element in the rank's address space; ``strides``
@@ -73,7 +62,7 @@ class ShardRecord(_Record, frozen=True):
     shape: list[int] | None = None
 
 
-class TensorRecord(_Record, frozen=True):
+class TensorRecord(_Record, frozen=True, gc=False):
     name: str
     dtype: str
     shape: list[int]
@@ -83,7 +72,7 @@ class TensorRecord(_Record, frozen=True):
     parameter: bool = False
 
 
-class ChunkRecord(_Record, frozen=True):
+class ChunkRecord(_Record, frozen=True, gc=False):
     """``xxh3_128`` is of the stored bytes, ``raw_xxh3_128`` of what they decode to."""
 
     offset: int
@@ -165,7 +154,7 @@ _PREFIX = b'{"xxh3_128":"'
 _DIGEST_END = len(_PREFIX) + 32
 
 
-def digest(data: bytes | memoryview) -> str:
+def digest(data: bytes | bytearray | memoryview) -> str:
     """Return the xxh3-128 of ``data`` as 32 lower-case hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -240,7 +229,7 @@ def encode_manifests(
     return rank_bytes, checkpoint_bytes
 
 
-def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
+def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord:
     """Return the validated record in the bytes of a ``checkpoint.json``.
 
     Raises:
@@ -248,7 +237,7 @@ def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
         UnsupportedVersionError: it is sound, and of a newer format.
         FormatError: it contradicts itself.
     """
-    rest = data[_DIGEST_END:]
+    rest = memoryview(data)[_DIGEST_END:]
     stated = data[len(_PREFIX) : _DIGEST_END]
     if data[: len(_PREFIX)] != _PREFIX or digest(rest).encode() != stated:
         raise IntegrityError(
@@ -275,7 +264,7 @@ def decode_checkpoint(data: bytes, path: object) -> CheckpointRecord:
     return record
 
 
-def decode_rank(data: bytes, entry: RankFileRecord, path: object) -> RankRecord:
+def decode_rank(data: bytes | bytearray, entry: RankFileRecord, path: object) -> RankRecord:
     """Return the validated record in the bytes of a rank manifest.
 
     Raises:
@@ -297,9 +286,11 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _decode(data: bytes, kind: type[_T], path: object) -> _T:
+def _decode(data: bytes | bytearray, kind: type[_T], path: object) -> _T:
     try:
         return msgspec.json.decode(data, type=kind)
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for the records in {path}") from cause
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as cause:
         raise FormatError(f"{path} is not a manifest of asyncsave: {cause}") from cause
 
@@ -320,7 +311,8 @@ def _validate_rank(record: RankRecord, path: object) -> None:
     total = sum(chunk.raw_length for chunk in record.chunks)
     for tensor in record.tensors:
         _validate_tensor(tensor, total, path)
-    _validate_tree(record.tree, len(record.tensors), path, 0)
+    _validate_bytes(record, path)
+    validate_tree(record.tree, len(record.tensors), path)
 
 
 def _validate_chunks(record: RankRecord, path: object) -> None:
@@ -360,9 +352,9 @@ def item_bytes(tensor: TensorRecord) -> int:
         return _ITEM_BYTES[tensor.dtype]
     if tensor.kind == "bytes" and tensor.dtype == "uint8":
         return 1
-    if tensor.kind == "torch" and tensor.dtype.isidentifier():
+    if tensor.kind == "torch" and tensor.dtype.isidentifier() and len(tensor.dtype) <= 40:
         raise UnsupportedVersionError(
-            f"{tensor.name!r:.80} has dtype {tensor.dtype:.40}, which this torch does not know: "
+            f"{tensor.name!r:.80} has dtype {tensor.dtype}, which this torch does not know: "
             "install a newer one"
         )
     raise FormatError(
@@ -389,6 +381,8 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
     _require(width > 0 and len(tensor.shape) <= MAX_DIMS, path, what)
     _require(all(0 <= size < _MAX_BYTES for size in tensor.shape), path, what)
     _require(math.prod(tensor.shape) * width <= _MAX_BYTES, path, what)
+    if tensor.kind == "numpy":  # which multiplies the other sizes though one is 0
+        _require(math.prod(size or 1 for size in tensor.shape) * width <= _MAX_BYTES, path, what)
     _require(len(tensor.shards) == 1, path, what)
     shard = tensor.shards[0]
     if shard.strides is not None:
@@ -406,23 +400,12 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
         _require(dtype.is_floating_point or dtype.is_complex, path, what)
 
 
-def _validate_tree(node: Node, tensors: int, path: object, depth: int) -> None:
-    _require(depth <= 2 * MAX_DEPTH, path, "depth of the tree")
-    if isinstance(node, TensorNode):
-        _require(0 <= node.i < tensors, path, "number of a tensor in the tree")
-        return
-    try:
-        if isinstance(node, NamedTupleNode):
-            _require(len(node.fields) == len(node.items), path, "NamedTuple in the tree")
-            named_tuple(node.name, tuple(node.fields))
-        elif not isinstance(node, CONTAINERS):
-            plain(node)
-    except FormatError:
-        raise
-    except IMPOSSIBLE as cause:
-        raise FormatError(f"{path} has an impossible value in its tree: {cause}") from cause
-    if isinstance(node, (DictNode, OrderedDictNode)):
-        fits = len(node.keys) == len(node.values) and all(is_key(key) for key in node.keys)
-        _require(fits, path, "dict in the tree")
-    for child in parts(node):
-        _validate_tree(child, tensors, path, depth + 1)
+def _validate_bytes(record: RankRecord, path: object) -> None:
+    """Bytes values are copies: if they could overlap, few bytes would become very many."""
+    ranges = {
+        (tensor.shards[0].start, tensor.shards[0].start + extent_bytes(tensor))
+        for tensor in record.tensors
+        if tensor.kind == "bytes" and extent_bytes(tensor)
+    }
+    for (_, stop), (start, _) in itertools.pairwise(sorted(ranges)):
+        _require(start >= stop, path, "place of its bytes values, which overlap,")

@@ -41,6 +41,8 @@ from .manifest import (
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+_SCRATCH_BYTES = 512 << 20
+"""What reading threads take in all, except that one may take three times the longest chunk."""
 
 STEP = re.compile(r"step-([0-9]{9,18})")
 """The names of checkpoints in a run directory."""
@@ -128,11 +130,12 @@ class Checkpoint:
             CheckpointNotFoundError: there is none.
             FormatError, UnsupportedVersionError, IntegrityError: there is one, but it is not sound.
         """
-        data = _read_first(filesystem, path)
-        record = decode_checkpoint(data, path / CHECKPOINT_FILE)
+        first = _read_first(filesystem, path)
+        record = decode_checkpoint(first, path / CHECKPOINT_FILE)
         entry = record.ranks[0]
         second = path / entry.file
-        rank = decode_rank(_read_all(filesystem, second, MAX_RANK_BYTES), entry, second)
+        data = _read_all(filesystem, second, MAX_RANK_BYTES, exactly=entry.length)
+        rank = decode_rank(data, entry, second)
         files: list[ReadableFile] = []
         try:
             for file in rank.files:
@@ -148,7 +151,7 @@ class Checkpoint:
             for opened in files:
                 opened.close()
             raise
-        return cls(path, record, rank, files, len(data) + entry.length)
+        return cls(path, record, rank, files, len(first) + len(data))
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -213,7 +216,9 @@ class Checkpoint:
                 stop.set()
                 raise
 
-        threads = min(reader_threads(), len(indices))
+        # each thread has room for a frame, its planes and the chunk
+        threads = min(reader_threads(), len(indices), _SCRATCH_BYTES // (3 * self._longest))
+        threads = max(1, threads)
         with ThreadPoolExecutor(threads, thread_name_prefix="asyncsave-read") as pool:
             futures = [pool.submit(run, i) for i in indices]
         for future in futures:
@@ -279,23 +284,24 @@ class Checkpoint:
                 *((chunk.offset, chunk.length) for chunk in sorted(chunks, key=lambda c: c.offset)),
                 (file.nbytes, 0),
             ]:
-                while end < offset:
-                    gap = np.empty(min(offset - end, 1 << 20), np.uint8)
-                    name = self.path / self.rank.files[number].name
-                    try:
-                        count = file.read_into(end, gap.data)
-                    except OSError as cause:
-                        raise IntegrityError(
-                            f"{name} cannot be read: {cause}", path=name, offset=end
-                        ) from cause
-                    if count != gap.size or gap.any():
-                        raise IntegrityError(
-                            f"{name} has bytes that are not zero between its frames",
-                            path=name,
-                            offset=end,
-                        )
-                    end += gap.size
+                # a hole may be far longer than anybody wants to read
+                while (end := file.skip_hole(end)) < offset:
+                    nbytes = min(offset - end, 1 << 20)
+                    self._check_zeros(number, end, nbytes)
+                    end += nbytes
                 end = offset + length
+
+    def _check_zeros(self, file: int, offset: int, nbytes: int) -> None:
+        name = self.path / self.rank.files[file].name
+        gap = np.empty(nbytes, np.uint8)
+        try:
+            count = self._files[file].read_into(offset, gap.data)
+        except OSError as cause:
+            what = f"{name} cannot be read at offset {offset}: {cause}"
+            raise IntegrityError(what, path=name, offset=offset) from cause
+        if count != nbytes or gap.any():
+            what = f"{name} has bytes that are not zero between its frames"
+            raise IntegrityError(what, path=name, offset=offset)
 
     def _damage(self, chunk: ChunkRecord, what: str) -> IntegrityError:
         path = self.path / self.rank.files[chunk.file].name
@@ -310,10 +316,13 @@ class _Worker:
     """The scratch memory of one reading thread."""
 
     def __init__(self, longest: int) -> None:
-        # untouched memory costs nothing: what a checkpoint does not need is never used
-        self.stored: Bytes = np.empty(longest, np.uint8)
-        self.raw: Bytes = np.empty(longest, np.uint8)
-        self.decoder = Decoder(longest)
+        try:
+            # untouched memory costs nothing: what a checkpoint does not need is never used
+            self.stored: Bytes = np.empty(longest, np.uint8)
+            self.raw: Bytes = np.empty(longest, np.uint8)
+            self.decoder = Decoder(longest)
+        except MemoryError as cause:
+            raise LoadError(f"there is no memory to read a chunk of {longest} bytes") from cause
 
 
 def reader_threads() -> int:
@@ -345,7 +354,7 @@ def read_record(filesystem: FileSystem, path: Path) -> CheckpointRecord:
     return decode_checkpoint(_read_first(filesystem, path), path / CHECKPOINT_FILE)
 
 
-def _read_first(filesystem: FileSystem, path: Path) -> bytes:
+def _read_first(filesystem: FileSystem, path: Path) -> bytes | bytearray:
     file = path / CHECKPOINT_FILE
     if not filesystem.exists(file):
         raise CheckpointNotFoundError(
@@ -354,18 +363,29 @@ def _read_first(filesystem: FileSystem, path: Path) -> bytes:
     return _read_all(filesystem, file, MAX_CHECKPOINT_BYTES)
 
 
-def _read_all(filesystem: FileSystem, path: Path, limit: int) -> bytes:
+def _read_all(
+    filesystem: FileSystem, path: Path, limit: int, exactly: int | None = None
+) -> bytes | bytearray:
     file = _open(filesystem, path)
     try:
+        if exactly is not None and file.nbytes != exactly:
+            raise IntegrityError(
+                f"{path} is {file.nbytes} bytes long, not {exactly}",
+                path=path,
+                offset=min(file.nbytes, exactly),
+            )
         if file.nbytes > limit:
             raise FormatError(f"{path} is {file.nbytes} bytes long; at most {limit} are allowed")
         buffer = bytearray(file.nbytes)
         count = file.read_into(0, memoryview(buffer))
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for the {file.nbytes} bytes of {path}") from cause
     except OSError as cause:
         raise IntegrityError(f"{path} cannot be read: {cause}", path=path, offset=0) from cause
     finally:
         file.close()
-    return bytes(buffer[:count])
+    del buffer[count:]
+    return buffer
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -399,11 +419,15 @@ def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointNotFoundError: it is neither.
+        LoadError: the directory cannot be read.
     """
     if filesystem.exists(path / CHECKPOINT_FILE):
         yield path
         return
-    steps = list_steps(filesystem, path)
+    try:
+        steps = list_steps(filesystem, path)
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
+        raise LoadError(f"{path} cannot be looked into: {cause}") from cause
     if not steps:
         why = (
             "there is nothing there"

@@ -1,0 +1,150 @@
+"""Sample: some chunks of a state, from all over it, for measuring what coding them brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from .errors import LoadError, StateError
+from .memory import CHUNK_BYTES
+from .snapshot.arena import Slot
+from .snapshot.snapshotter import Snapshotter
+from .state.nodes import numpy_dtype
+from .state.plan import Planner
+from .state.tree import flatten
+from .storage.filesystem import FileSystem
+from .storage.manifest import TensorRecord, extent_bytes
+from .storage.reader import Checkpoint, Run, find
+
+
+class _Piece(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_P = TypeVar("_P", bound=_Piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Chunks of a state, each a tensor of its own; and how long the whole state is."""
+
+    values: list[torch.Tensor]
+    state_bytes: int
+
+    def first(self, nbytes: float, fewest: int) -> list[torch.Tensor]:
+        """Return as many as ``nbytes`` allow, and ``fewest`` at least."""
+        count, total = 0, 0
+        for value in self.values:
+            total += value.nbytes
+            if count >= fewest and total > nbytes:
+                break
+            count += 1
+        return self.values[:count]
+
+
+def _spread(pieces: Sequence[_P], most_bytes: int) -> list[_P]:
+    """Return pieces from all over, ``most_bytes`` at most, in the order that `Sample` promises."""
+    golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill the unit interval evenly
+    order = sorted(range(len(pieces)), key=lambda i: i * golden % 1)
+    chosen: list[_P] = []
+    for i in order:
+        if chosen and sum(piece.nbytes for piece in chosen) + pieces[i].nbytes > most_bytes:
+            break
+        chosen.append(pieces[i])
+    if not chosen:
+        raise StateError("the state has no tensors, arrays or long bytes: there is nothing to tune")
+    return chosen
+
+
+def sample_of_state(state: Any, most_bytes: int) -> Sample:
+    """Copy chunks of a live state, as they would be saved; StateError if it cannot be."""
+    flat = flatten(state)
+    plan = Planner().plan(flat, CHUNK_BYTES, [False] * len(flat.values))
+    snapshotter = Snapshotter(None, overlap=False)
+    values: list[torch.Tensor] = []
+    for chunk in _spread([chunk for chunk in plan.chunks if chunk.nbytes], most_bytes):
+        memory = torch.empty(chunk.nbytes, dtype=torch.uint8)
+        snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
+        values.append(memory.view(getattr(torch, chunk.dtype)))
+    return Sample(values, plan.nbytes)
+
+
+@dataclass(slots=True)
+class _Extent:
+    """A run of the address space of one element type."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def cut(self) -> list[_Extent]:
+        """Return it in pieces as long as chunks, of whole elements."""
+        starts = range(self.start, self.stop, CHUNK_BYTES)
+        pieces = [_Extent(self.dtype, at, min(at + CHUNK_BYTES, self.stop)) for at in starts]
+        for piece in pieces:
+            piece.stop -= piece.nbytes % self.dtype.itemsize
+        return [piece for piece in pieces if piece.nbytes]
+
+
+def sample_of_checkpoint(filesystem: FileSystem, path: Path, most_bytes: int) -> Sample:
+    """Read chunks of the checkpoint at ``path``, or of the run's newest one that is sound.
+
+    Raises:
+        CheckpointNotFoundError, FormatError, IntegrityError: there is none.
+    """
+    newest: LoadError | None = None
+    for each in find(filesystem, path):
+        try:
+            with Checkpoint.open(filesystem, each) as checkpoint:
+                pieces = [piece for whole in _extents(checkpoint) for piece in whole.cut()]
+                chosen = _spread(pieces, most_bytes)
+                memory = [torch.empty(piece.nbytes, dtype=torch.uint8) for piece in chosen]
+                pairs = zip(chosen, memory, strict=True)
+                checkpoint.read([Run(at.start, at.nbytes, into.numpy()) for at, into in pairs])
+                total = sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
+        except LoadError as error:
+            newest = newest or error
+            continue
+        pairs = zip(chosen, memory, strict=True)
+        return Sample([into.view(at.dtype) for at, into in pairs], total)
+    assert newest is not None  # find() has raised where there is none at all
+    raise newest
+
+
+def _extents(checkpoint: Checkpoint) -> list[_Extent]:
+    """Return the runs of one element type, in address order. Ties are counted once."""
+    found: list[_Extent] = []
+    for tensor in sorted(checkpoint.rank.tensors, key=lambda tensor: tensor.shards[0].start):
+        start = tensor.shards[0].start
+        stop, dtype = start + extent_bytes(tensor), _dtype(tensor)
+        if found:
+            start = max(start, found[-1].stop)
+        if start >= stop:
+            continue
+        if found and (found[-1].dtype, found[-1].stop) == (dtype, start):
+            found[-1].stop = stop
+        else:
+            found.append(_Extent(dtype, start, stop))
+    return found
+
+
+def _dtype(tensor: TensorRecord) -> torch.dtype:
+    if tensor.kind == "torch":
+        dtype: torch.dtype = getattr(torch, tensor.dtype)
+        return dtype
+    if tensor.kind == "numpy":
+        try:
+            return torch.from_numpy(np.empty(0, numpy_dtype(tensor.dtype))).dtype
+        except (TypeError, ValueError):
+            return torch.uint8  # as it is saved, too
+    return torch.uint8

@@ -1,0 +1,30 @@
+"""A size of 0 makes a tensor empty, whatever the other sizes are: their product is never asked."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .forge import TENSOR, Attack, forge, tensor
+
+
+def build(record: dict[str, Any], directory: Path) -> None:
+    forge(directory, TENSOR, tensors=[record])
+
+
+HUGE = (2**61, 0, 2**61)
+RECORDS = {
+    "torch": (tensor(HUGE), None),
+    "torch, 16 bytes": (tensor(HUGE, dtype="complex128"), None),
+    "numpy": (tensor(HUGE, kind="numpy", dtype="|u1"), "FormatError"),
+    "numpy text": (tensor((0, 2**40), kind="numpy", dtype="<U500000000"), "FormatError"),
+    "just allowed": (tensor((2**31, 0, 2**31)), None),
+    "numpy, just allowed": (tensor((2**31, 0, 2**28), kind="numpy", dtype="<f8"), None),
+    "huge elements": (tensor((0,), kind="numpy", dtype="<U500000000"), None),
+    "start nowhere": (tensor((0,), 2**63), "FormatError"),
+}
+
+ATTACKS = {
+    name: Attack(partial(build, record), raises) for name, (record, raises) in RECORDS.items()
+}
