@@ -28,6 +28,8 @@ from .direct import LocalReadable
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
+"""Why a directory that was there before may not be synced, or cannot."""
 
 
 class WritableFile(Protocol):
@@ -123,8 +125,18 @@ class LocalFileSystem:
         while not current.is_dir() and current != current.parent:
             missing.append(current)
             current = current.parent
+        try:
+            # it may have been made a moment ago, by somebody who did not sync its name
+            self.sync_directory(current.parent)
+        except OSError as refused:
+            if refused.errno not in _NOT_OURS:
+                raise
         for each in reversed(missing):
-            each.mkdir(exist_ok=True)
+            try:
+                self.create_directory(each)
+            except FileExistsError:
+                if not each.is_dir():
+                    raise
             self.sync_directory(each.parent)
 
     def create_directory(self, path: Path) -> None:

@@ -130,6 +130,7 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
         name: only leftovers of this target; None for those of all steps.
     """
     removed = []
+    synced = False
     for entry in filesystem.list_directory(directory):
         match = _LEFTOVER.fullmatch(entry)
         if not match or (match[1] != name if name else not STEP.fullmatch(match[1])):
@@ -147,6 +148,11 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
         if lock is None:
             continue  # no locks on this filesystem: whether the writer lives cannot be told
         try:
+            if not synced:
+                # DURABILITY: what is hidden may still have its own name on the device, if its
+                # writer died between a rename and the sync; it must lose that before its files
+                filesystem.sync_directory(directory)
+                synced = True
             if match[2] and not filesystem.exists(directory / match[1]):
                 filesystem.rename(path, directory / match[1])
                 filesystem.sync_directory(directory)
