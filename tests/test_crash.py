@@ -31,8 +31,8 @@ from asyncsave import Checkpointer
 from asyncsave.storage import commit as commits
 from asyncsave.storage.filesystem import LocalFileSystem
 from asyncsave.storage.manifest import CHECKPOINT_FILE, rank_file
-from asyncsave.storage.reader import list_steps, step_path
 from asyncsave.storage.retention import prune
+from asyncsave.storage.steps import list_steps, step_path
 
 from . import counts
 from .crashfs import CrashFileSystem, Disk, Event, Keep, Log, Tree, fingerprint, write_image
