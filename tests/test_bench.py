@@ -166,3 +166,13 @@ def test_gil(tmp_path: Path) -> None:
     assert names == ["nothing", "dcp.async_save", "asyncsave, off", "asyncsave, level 1"]
     assert results["bars"]
     assert "asyncsave, level 1" in printed
+
+
+def test_faults(tmp_path: Path) -> None:
+    results, printed = run("faults", tmp_path / "faults.json")
+    rows = {row["way"].partition(".")[0]: row for row in results["rows"]}
+    assert set(rows) == {"torch", "dcp", "asyncsave"}
+    assert rows["asyncsave"]["flipped_bit"] == "raises IntegrityError"
+    full = rows["asyncsave"]["full_disk"]
+    assert full in ("raises DiskFullError, nothing is left", "not tried: needs root")
+    assert "IntegrityError" in printed
