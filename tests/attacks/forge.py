@@ -26,7 +26,8 @@ class Attack:
             than the cost below.
         says: what that error's text must contain.
         megabytes: most memory that reading it may take.
-        seconds: most time that each way of reading it may take.
+        seconds: most CPU time that each way of reading it may take; what only waits is killed after
+            a minute.
     """
 
     build: Callable[[Path], None]
