@@ -68,8 +68,8 @@ class HangingFileSystem(LocalFileSystem):
         super().rename(source, target)
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each.getMessage() for each in caplog.records if "stood still" in each.getMessage()]
+def warnings_of(caplog: pytest.LogCaptureFixture, word: str = "stood still") -> list[str]:
+    return [each.getMessage() for each in caplog.records if word in each.getMessage()]
 
 
 WORDS = {
@@ -105,20 +105,16 @@ def test_a_stall_is_reported_with_where_and_since_when(
         with pytest.raises(TimeoutError):
             handle.result(0.05)
         assert not ckpt.wait(0.05), "timeouts are kept while the disk hangs"
-        # a machine that is busy may have stood still before, for other reasons
-
-        def told() -> list[str]:
-            return [text for text in warnings_of(caplog) if WORDS[where] in text]
-
-        assert eventually(lambda: len(told()) >= 2)
-        first, second = told()[:2]
+        # a machine that is busy can make other places stand still for a moment, too
+        assert eventually(lambda: len(warnings_of(caplog, WORDS[where])) >= 3)
+        texts = warnings_of(caplog, WORDS[where])
         filesystem.goes_on.set()
         handle.result(20)
-        for text, least in ((first, 0.2), (second, 0.2)):
+        for i, text in enumerate(texts):
             assert str(tmp_path / "step-000000002") in text
             found = re.search(r"for (\d\.\d) s, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", text)
             assert found
-            assert least <= float(found[1]) < least + 3
+            assert float(found[1]) >= 0.2 * 2**i, "once, and again when that has doubled"
         assert {each.levelno for each in caplog.records} == {logging.WARNING}
         assert {each.name for each in caplog.records} == {"asyncsave"}
 
@@ -130,15 +126,17 @@ def test_each_stall_is_a_new_one(
     monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
     with Checkpointer(tmp_path, stall_warning_seconds=0.1, compression="off") as ckpt:
         ckpt.save(1, STATE)
-        assert eventually(lambda: len(warnings_of(caplog)) >= 2)
+        assert eventually(lambda: len(warnings_of(caplog, "writing at offset 0")) >= 2)
         filesystem.where = "sync"
         filesystem.hanging.clear()
         wrote, filesystem.goes_on = filesystem.goes_on, threading.Event()
         wrote.set()
         assert filesystem.hanging.wait(20)
         caplog.clear()
-        assert eventually(lambda: len(warnings_of(caplog)) >= 1)
-        assert "for 0." in warnings_of(caplog)[0], "counted from its own beginning"
+        assert eventually(lambda: len(warnings_of(caplog, "syncing the data file")) >= 1)
+        waited = re.search(r"for (\d\.\d) s", warnings_of(caplog, "syncing the data file")[0])
+        assert waited
+        assert float(waited[1]) < 0.3, "counted from its own beginning: the write hung for longer"
         filesystem.goes_on.set()
 
 
@@ -146,8 +144,7 @@ def test_a_device_that_hangs_is_reported(tmp_path: Path, caplog: pytest.LogCaptu
     device = FakeDevice()
     pipeline = make_pipeline(device, stall_warning_seconds=0.1)
     handle = pipeline.save({"model": torch.nn.Linear(4, 4)}, Target(tmp_path / "a"), 0.0)
-    assert eventually(lambda: len(warnings_of(caplog)) == 1)
-    assert "copying from the device" in warnings_of(caplog)[0]
+    assert eventually(lambda: len(warnings_of(caplog, "copying from the device")) >= 1)
     device.finish()
     handle.result(20)
     pipeline.close()
@@ -165,7 +162,7 @@ def test_none_turns_it_off_and_impossible_times_are_refused(
             assert filesystem.hanging.wait(20)
             assert not ckpt.wait(0.1)
             filesystem.goes_on.set()
-    assert caplog.records == []
+    assert warnings_of(caplog) == []
     for seconds in (0, -1, float("inf"), float("nan"), "60", True):
         with pytest.raises(asyncsave.ConfigError, match="stall_warning_seconds"):
             Checkpointer(tmp_path, stall_warning_seconds=seconds)  # type: ignore[arg-type]
