@@ -1,8 +1,8 @@
 """What becomes of a flipped bit, and of a full disk?
 
 The same state is saved by each way. Then one bit in the middle of its largest file is flipped, and
-it is loaded; and it is saved to a filesystem too small for it (a tmpfs of a few MiB, which only root
-can mount: otherwise that column says so). Each is tried in a process of its own.
+it is loaded; and it is saved to a filesystem too small for it: a tmpfs of a few MiB, which only
+root can mount, otherwise that column says so. Each is tried in a process of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def flipped(way: str, directory: Path) -> str:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    return told(lambda: "loads, unchanged" if same(load(way, path)) else "loads a wrong value silently")
+
+    def job() -> str:
+        return "loads, unchanged" if same(load(way, path)) else "loads a wrong value silently"
+
+    return told(job)
 
 
 def full(way: str, directory: Path) -> str:
