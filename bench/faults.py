@@ -1,6 +1,6 @@
 """What becomes of a flipped bit, and of a full disk?
 
-The same state is saved by each way. Then one bit in the middle of its largest file is flipped, and
+The same state is saved by each way. Then one bit of a tensor in its largest file is flipped, and
 it is loaded; and it is saved to a filesystem too small for it: a tmpfs of a few MiB, which only
 root can mount, otherwise that column says so. Each is tried in a process of its own.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint as dcp_module
 from common import RESULTS, provenance, write_json
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,7 @@ NAMES = {
 }
 
 State = dict[str, torch.Tensor]
+dcp: Any = dcp_module
 
 
 def state() -> State:
@@ -49,7 +50,7 @@ def save(way: str, path: Path) -> None:
     if way == "torch":
         torch.save(state(), path)
     elif way == "dcp":
-        dcp.save(state(), storage_writer=dcp.FileSystemWriter(path, thread_count=4))  # type: ignore[attr-defined]
+        dcp.save(state(), storage_writer=dcp.FileSystemWriter(path, thread_count=4))
     else:
         asyncsave.save(state(), path).result()
 
@@ -89,7 +90,7 @@ def flipped(way: str, directory: Path) -> str:
     files = [path] if path.is_file() else list(path.iterdir())
     file = max(files, key=lambda file: file.stat().st_size)
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 + LENGTH] ^= 1  # a quarter into a tensor, which begins about in the middle
     file.write_bytes(data)
 
     def job() -> str:
