@@ -63,7 +63,10 @@ class Watch:
         if not self.looks:
             return
         if event == "open" and not isinstance(arguments[0], int):
-            self.opened.append(os.fsdecode(arguments[0]))
+            path = os.fsdecode(arguments[0])
+            if path.startswith("/proc/self/fd/"):  # what is open already, opened in another way
+                path = os.readlink(path)
+            self.opened.append(path)
         elif event.startswith(DEEDS) and event not in HARMLESS:
             what = arguments[0] if arguments else ""
             if event == "compile" and isinstance(what, (bytes, bytearray)):
