@@ -248,7 +248,9 @@ def test_every_operation_of_making_a_run_fails_once(
         except asyncsave.AsyncSaveError as error:
             assert_is(error, number, tmp_path)
         else:
-            assert faults.hit is None
+            # a directory that was there before need not be ours to sync
+            refused = faults.hit is not None and number == errno.EACCES
+            assert faults.hit is None or (refused and faults.hit.kind == "sync_directory")
         faults.on = False
         with Checkpointer(directory, **SMALL) as ckpt:
             ckpt.save(1, state_of(1), block=True)
@@ -410,7 +412,7 @@ def test_the_commit_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for each in faults.operations
         if each.kind not in ("lock", "list_directory", "is_directory")
         and (each.kind, each.path.name) != ("create_directory", "order")
-        and (each.kind, each.path) != ("sync_directory", tmp_path)
+        and not (each.kind == "sync_directory" and each.path in (tmp_path, tmp_path.parent))
     ]
     assert operations == [*once, *once, *prune]
 
