@@ -1,4 +1,4 @@
-"""Counts: what the tests of one session have tried in all; pytest prints the sums at its end."""
+"""Counts: what one run of the tests has tried in all; pytest prints the sums at its end."""
 
 from __future__ import annotations
 
