@@ -126,7 +126,7 @@ def zipnn_coding() -> Coding:
         def decode(coded: Any, out: Bytes) -> None:
             np.copyto(out, np.frombuffer(coder.decompress(coded), np.uint8))
 
-        # it reorders in place what it is given, and so wants a copy, as its documentation says
+        # 0.5.4 overwrites what it is given, so it gets a copy, which is inside its time
         return lambda raw: coder.compress(bytearray(raw.data)), decode
 
     return Coding("ZipNN", make)
