@@ -53,7 +53,12 @@ def begin(filesystem: FileSystem, target: Path) -> Draft:
     path = hidden_name(target)
     try:
         filesystem.create_directory(path)
-        return Draft(path, target, filesystem.lock(path))
+        try:
+            return Draft(path, target, filesystem.lock(path))
+        except OSError:
+            with contextlib.suppress(OSError):  # a leftover, which the next sweep takes
+                filesystem.remove_tree(path)
+            raise
     except OSError as cause:
         raise write_error("create", path, cause) from cause
 
