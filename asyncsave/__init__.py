@@ -27,11 +27,11 @@ from .errors import (
     WriteError,
 )
 from .handle import SaveHandle
-from .report import SaveReport, Stats, VerifyReport
+from .report import SaveReport, Stats, TuneReport, TuneRow, VerifyReport
 from .restore import load, restore, verify
 from .single import save
 from .state.rng import RngState
-from .tune import TuneReport, TuneRow, tune
+from .tune import tune
 
 __all__ = [
     "AsyncSaveError",

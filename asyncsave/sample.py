@@ -1,7 +1,13 @@
-"""Sample: some chunks of a state, from all over it, for measuring what coding them brings."""
+"""Sample: some chunks of a state, from all over it, for measuring what coding them brings.
+
+They come in an order in which every beginning is spread over the state as all of it is. So a
+shorter sample of the same state is a beginning of a longer one.
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +56,24 @@ class Sample:
 
 
 def _spread(pieces: Sequence[_P], most_bytes: int) -> list[_P]:
-    """Return pieces from all over, ``most_bytes`` at most, in the order that `Sample` promises."""
-    golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill the unit interval evenly
-    order = sorted(range(len(pieces)), key=lambda i: i * golden % 1)
+    """Return pieces from all over, ``most_bytes`` at most, in the order that is promised.
+
+    Multiples of the golden ratio, modulo 1, fill the unit interval evenly. They are taken as places
+    in the state, each standing for the piece that is there, so that short pieces come late.
+    """
+    if not pieces:
+        raise StateError("the state has no tensors, arrays or long bytes: there is nothing to tune")
+    ends = list(itertools.accumulate(piece.nbytes for piece in pieces))
+    golden = (5**0.5 - 1) / 2
+    places = (bisect.bisect(ends, i * golden % 1 * ends[-1]) for i in range(8 * len(pieces)))
+    order = dict.fromkeys([*places, *range(len(pieces))])
     chosen: list[_P] = []
+    total = 0
     for i in order:
-        if chosen and sum(piece.nbytes for piece in chosen) + pieces[i].nbytes > most_bytes:
+        total += pieces[i].nbytes
+        if chosen and total > most_bytes:
             break
         chosen.append(pieces[i])
-    if not chosen:
-        raise StateError("the state has no tensors, arrays or long bytes: there is nothing to tune")
     return chosen
 
 

@@ -1,13 +1,12 @@
 """Tune: which compression suits this state, these cores and this disk. Measured, not guessed.
 
-    state or checkpoint ──▶ sample ──┬──▶ all encoders at once        ──▶ bytes per second
-                                     └──▶ real saves, level by level  ──▶ seconds, stored bytes
+    state or checkpoint ──▶ sample ──┬──▶ all encoders at once        ──▶ bytes per second, sizes
+                                     └──▶ real saves, level by level  ──▶ seconds to durable
 
-A sample is whole chunks from all over the state, in an order in which every beginning of it is
-spread as well: what a slow level is measured on is a beginning of what a fast one is. Saves of all
-levels take turns, so that drift of the machine hits all alike. They go to a hidden directory on the
-disk in question, named and locked like a save in flight: it is removed at the end, and if this
-process is killed, by the next `tune` there.
+Slow levels are measured on the beginning of the sample only. Saves of all levels take turns, so
+that drift of the machine hits all alike. They go to a hidden directory on the disk in question,
+named and locked like a save in flight: it is removed at the end, and if this process is killed, by
+the next `tune` there.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from .codec.frame import Encoder, coding_for
 from .errors import ConfigError, write_error
 from .memory import CHUNK_BYTES, encoder_threads
 from .pipeline import Pipeline
+from .report import TuneReport, TuneRow
 from .restore import PathLike
 from .sample import Sample, sample_of_checkpoint, sample_of_state
 from .snapshot.arena import available_memory
@@ -45,125 +45,13 @@ from .workers import Workers
 
 LEVELS = tuple(range(23))
 ROUNDS = 5
-_FEW_ROUNDS = 3  # what a sample is sized for
 _SAMPLE_BYTES = 512 << 20
-_ENCODE_CHUNKS = 4  # for each encoder, where that takes no more than its share of the time
-_ENCODE_SHARE = 0.02  # of all the time, for one look at one level
-_NOISE = 0.05
-_SAME_SIZE = 0.005
-_WORTH_SAYING = 0.02
+_ENCODE_SHARE = 0.01  # of all the time, for one look at how one level encodes
+_FIRST_ROUND = 0.5  # of the time that is left then, for one save at each level
+_HOPELESS = 2.0  # times the soonest: a level that takes longer need not be looked at again
+_NAME = "tune"
 
 Progress = Callable[[float, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TuneRow:
-    """What one level costs and brings, for the whole state.
-
-    Where ``sample_bytes`` is less than the state, times and lengths are those of the sample, scaled
-    up to the state; what even an empty checkpoint takes is counted once.
-
-    Attributes:
-        level: 0 is off, 1 entropy coding alone, 2 to 22 zstd's; a value for ``compression=``.
-        ratio: raw bytes for each stored byte.
-        encode_bytes_per_second: raw bytes, all encoders together; None for 0.
-        durable_seconds: from the call of ``save`` until durable, into warm memory; the median.
-        durable_range_seconds: the smallest and the largest of them.
-        stored_bytes: length of the checkpoint.
-        cpu_seconds: CPU time that this process spent meanwhile; the median.
-        saves: how many saves the medians are of.
-        sample_bytes: how much of the state these were of.
-    """
-
-    level: int
-    ratio: float
-    encode_bytes_per_second: float | None
-    durable_seconds: float
-    durable_range_seconds: tuple[float, float]
-    stored_bytes: int
-    cpu_seconds: float
-    saves: int
-    sample_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class TuneReport:
-    """What `tune` has measured.
-
-    Attributes:
-        rows: one for each level that was measured, ascending.
-        skipped: levels for which there was not enough time.
-        state_bytes: length of everything with bulk in the state.
-        directory: on which disk the saves were.
-        encoders: how many threads encoded.
-        seconds: how long it took.
-    """
-
-    rows: tuple[TuneRow, ...]
-    skipped: tuple[int, ...]
-    state_bytes: int
-    directory: Path
-    encoders: int
-    seconds: float
-
-    def row(self, level: int) -> TuneRow:
-        """Return the row of a level that was measured."""
-        return next(row for row in self.rows if row.level == level)
-
-    @property
-    def best(self) -> int:
-        """The level that is durable soonest; among those not slower beyond noise, the one that
-        costs the least CPU time.
-        """
-        soonest = min(row.durable_seconds for row in self.rows)
-        good = [
-            row
-            for row in self.rows
-            if row.durable_seconds <= soonest * (1 + _NOISE)
-            or row.durable_range_seconds[0] <= soonest
-        ]
-        return min(good, key=lambda row: row.cpu_seconds).level
-
-    @property
-    def smallest(self) -> int:
-        """The level that stores least; among those within half a percent, the soonest durable."""
-        least = min(row.stored_bytes for row in self.rows)
-        good = [row for row in self.rows if row.stored_bytes <= least * (1 + _SAME_SIZE)]
-        return min(good, key=lambda row: row.durable_seconds).level
-
-    @property
-    def recommendation(self) -> str:
-        """One sentence that names the setting to use, and why."""
-        best, smallest = self.row(self.best), self.row(self.smallest)
-        others = [row for row in self.rows if row.level > 0]
-        if best.level == 0 and others:
-            other = min(others, key=lambda row: row.durable_seconds)
-            why = (
-                f"durable after {_seconds(best.durable_seconds)}; compressing does not get there "
-                f"sooner here (level {other.level}, the soonest, takes "
-                f"{_seconds(other.durable_seconds)}) and costs CPU time"
-            )
-        else:
-            why = f"durable after {_seconds(best.durable_seconds)}"
-            off = next((row for row in self.rows if row.level == 0), None)
-            if off is not None and best.level:
-                why += f" instead of {_seconds(off.durable_seconds)}"
-                why += f", in {1 - 1 / best.ratio:.0%} less space"
-        saved = 1 - smallest.stored_bytes / best.stored_bytes
-        if saved >= _WORTH_SAYING:
-            why += (
-                f"; where space matters more than time, {_setting(smallest.level)} stores "
-                f"{saved:.0%} less and takes {_seconds(smallest.durable_seconds)}"
-            )
-        return f"Use {_setting(best.level)}: {why}."
-
-
-def _setting(level: int) -> str:
-    return f"compression={level}" if level else 'compression="off"'
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def tune(
@@ -195,7 +83,7 @@ def tune(
         ConfigError: an argument cannot be.
         StateError: the state cannot be saved, or holds nothing to compress.
         CheckpointNotFoundError, FormatError, IntegrityError: there is no sound checkpoint.
-        WriteError: the directory cannot be written to.
+        SaveError, CommitError: the directory cannot be written to.
     """
     began = time.perf_counter()
     chosen = _parse_levels(LEVELS if levels is None else levels)
@@ -235,9 +123,6 @@ def tune(
     )
 
 
-_NAME = "tune"
-
-
 def _parse_levels(levels: Iterable[int]) -> list[int]:
     chosen = sorted({Compression(level).level for level in levels})
     if not chosen:
@@ -255,19 +140,26 @@ def _home(filesystem: FileSystem, path: Path) -> Path:
 
 @dataclass(slots=True)
 class _Level:
-    """What was measured of one level."""
+    """What was measured of one level.
+
+    Attributes:
+        sizes: to how many bytes the first chunks of the sample were encoded.
+        values: what is saved: a beginning of the sample.
+        took_seconds: what a turn of it takes.
+    """
 
     level: int
     encode_seconds_per_byte: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     durable_seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    ratio: float = 1.0
+    stored_bytes: int = 0
     took_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:
-        return sum(value.nbytes for value in self.values)
+        return _length(self.values)
 
 
 class _Measuring:
@@ -300,29 +192,32 @@ class _Measuring:
         empty = [torch.zeros(1)]
         self._empty_seconds = statistics.median(self._save(0, empty)[0] for _ in range(3))
         few = self._sample.first(0, 2 * self._encoders)
-        began = time.perf_counter()
-        self._save(0, few)
-        disk = (time.perf_counter() - began) / sum(value.nbytes for value in few)
+        fixed, with_few = (self._turn_seconds(values) for values in (empty, few))
+        disk = max(with_few - fixed, 0.1 * with_few) / _length(few)
         for each in self.levels:
             if each.level:
                 self._tell(f"encoding at level {each.level}")
                 self._encode(each)
-        share = self._left() / _FEW_ROUNDS / len(self.levels)
+        share = self._left() * _FIRST_ROUND / len(self.levels)
         for each in self.levels:
-            encode = each.encode_seconds_per_byte[-1] if each.level else 0.0
-            each.values = self._sample.first(share / (disk + 2 * encode), 1)
-            each.took_seconds = each.nbytes * (disk + 2 * encode)
+            cost = disk + (each.encode_seconds_per_byte[-1] if each.level else 0.0)
+            each.values = self._sample.first((share - fixed) / cost, self._encoders)
+            each.took_seconds = fixed + each.nbytes * cost
+        for each in self.levels:  # low levels first: if the time is up, high ones miss least
+            if each is self.levels[0] or each.took_seconds <= self._left():
+                self._turn(each, 0)
         order = random.Random(0)
-        for round_ in range(ROUNDS):
-            # low levels first, as long as not all have had their turn: they are what matters
-            for each in order.sample(self.levels, len(self.levels)) if round_ else self.levels:
-                if each.took_seconds <= self._left() or (each is self.levels[0] and not round_):
-                    self._tell(f"saving at level {each.level}, round {round_ + 1}")
-                    self._round(each, again=round_ > 0)
+        for round_ in range(1, ROUNDS):
+            contenders = self._contenders()
+            for each in order.sample(contenders, len(contenders)):
+                if each.took_seconds <= self._left():
+                    self._turn(each, round_)
+        self._progress(1.0, "")
 
     def row(self, each: _Level) -> TuneRow:
         """Return what was measured, for the whole state."""
-        scale = self._sample.state_bytes / each.nbytes
+        state_bytes = self._sample.state_bytes
+        scale = state_bytes / each.nbytes
         durable = [
             self._empty_seconds + max(0.0, seconds - self._empty_seconds) * scale
             if scale > 1
@@ -330,17 +225,37 @@ class _Measuring:
             for seconds in each.durable_seconds
         ]
         encode = each.encode_seconds_per_byte
+        stored = each.stored_bytes if scale == 1 else round(state_bytes * self._fraction(each))
         return TuneRow(
             level=each.level,
-            ratio=each.ratio,
+            ratio=state_bytes / stored,
             encode_bytes_per_second=1 / statistics.median(encode) if encode else None,
             durable_seconds=statistics.median(durable),
             durable_range_seconds=(min(durable), max(durable)),
-            stored_bytes=round(self._sample.state_bytes / each.ratio),
+            stored_bytes=stored,
             cpu_seconds=statistics.median(each.cpu_seconds) * scale,
             saves=len(durable),
             sample_bytes=each.nbytes,
         )
+
+    def _fraction(self, each: _Level) -> float:
+        """Return to what fraction of its bytes a level encodes the state.
+
+        Other chunks shrink otherwise. So of a level that has encoded few, it is what the one that
+        has encoded most makes of all its chunks, times how the two compare on the same ones.
+        """
+        if not each.level:
+            return 1.0
+        most = max(self.levels, key=lambda other: len(other.sizes))
+        of_most = sum(most.sizes) / _length(self._sample.values[: len(most.sizes)])
+        return of_most * sum(each.sizes) / sum(most.sizes[: len(each.sizes)])
+
+    def _contenders(self) -> list[_Level]:
+        """Return the levels that may still turn out to be the best."""
+        measured = {each.level: each for each in self.levels if each.durable_seconds}
+        seconds = {level: self.row(each).durable_seconds for level, each in measured.items()}
+        soonest = min(seconds.values())
+        return [each for level, each in measured.items() if seconds[level] <= soonest * _HOPELESS]
 
     def _left(self) -> float:
         return self._seconds - (time.perf_counter() - self._began)
@@ -348,49 +263,51 @@ class _Measuring:
     def _tell(self, what: str) -> None:
         self._progress(min(1.0, max(0.0, 1 - self._left() / self._seconds)), what)
 
-    def _round(self, each: _Level, *, again: bool) -> None:
+    def _turn_seconds(self, values: list[torch.Tensor]) -> float:
         began = time.perf_counter()
-        if again and each.level:
+        self._save(0, values)
+        return time.perf_counter() - began
+
+    def _turn(self, each: _Level, round_: int) -> None:
+        self._tell(f"saving at level {each.level}, round {round_ + 1}")
+        began = time.perf_counter()
+        if each.level and round_:
             self._encode(each)
-        durable, cpu, each.ratio = self._save(each.level, each.values)
+        durable, cpu, each.stored_bytes = self._save(each.level, each.values)
         each.durable_seconds.append(durable)
         each.cpu_seconds.append(cpu)
         each.took_seconds = time.perf_counter() - began
 
     def _encode(self, each: _Level) -> None:
         """Encode some of the sample with all encoders, as a save does, but write nothing."""
-        slowest = max(
-            (s for other in self.levels for s in other.encode_seconds_per_byte), default=0
-        )
-        guess = (each.encode_seconds_per_byte or [slowest])[-1]
-        most = float(min(_ENCODE_CHUNKS * self._encoders * CHUNK_BYTES, self._sample.state_bytes))
-        if guess:
-            most = min(most, _ENCODE_SHARE * self._seconds / guess)
-        values = self._sample.first(most, self._encoders)
+        known = [s for other in self.levels for s in other.encode_seconds_per_byte]
+        guess = (each.encode_seconds_per_byte or [max(known, default=1e-8)])[-1]
+        values = self._sample.first(_ENCODE_SHARE * self._seconds / guess, self._encoders)
         free: queue.SimpleQueue[tuple[Encoder, np.ndarray[Any, Any]]] = queue.SimpleQueue()
         for frame in self._frames:
             free.put((Encoder(each.level, CHUNK_BYTES), frame))
 
-        def encode(value: torch.Tensor) -> None:
+        def encode(value: torch.Tensor) -> int:
             encoder, frame = free.get()
             raw = value.view(torch.uint8).numpy()
             digest(raw.data)
             _, parts = encoder.encode(raw, coding_for(dtype_name(value.dtype), True), frame)
             digest(frame[: sum(parts)].data)
             free.put((encoder, frame))
+            return sum(parts)
 
         workers = Workers("asyncsave-tune", self._encoders)
         try:
             began = time.perf_counter()
-            for future in [workers.submit(encode, value) for value in values]:
-                future.result()
+            sizes = [each.result() for each in [workers.submit(encode, v) for v in values]]
             seconds = time.perf_counter() - began
         finally:
             workers.shutdown()
-        each.encode_seconds_per_byte.append(seconds / sum(value.nbytes for value in values))
+        each.encode_seconds_per_byte.append(seconds / _length(values))
+        each.sizes = max(each.sizes, sizes, key=len)
 
-    def _save(self, level: int, values: list[torch.Tensor]) -> tuple[float, float, float]:
-        """Save for real, and remove it; return seconds to durable, CPU seconds and the ratio."""
+    def _save(self, level: int, values: list[torch.Tensor]) -> tuple[float, float, int]:
+        """Save for real and remove it; return seconds to durable, CPU seconds, stored bytes."""
         state = {str(i): value for i, value in enumerate(values)}
         pipeline = Pipeline(
             self._filesystem,
@@ -406,5 +323,12 @@ class _Measuring:
             cpu = time.process_time() - cpu
         finally:
             pipeline.close()
-        self._filesystem.remove_tree(self._path)
-        return report.durable_seconds, cpu, report.ratio
+        try:
+            self._filesystem.remove_tree(self._path)
+        except OSError as cause:
+            raise write_error("remove", self._path, cause) from cause
+        return report.durable_seconds, cpu, report.stored_bytes
+
+
+def _length(values: Iterable[torch.Tensor]) -> int:
+    return sum(value.nbytes for value in values)
