@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 
 from ._version import __version__
-from .codec.choose import Chooser, Compression
+from .codec.choose import LEAST_WRITES, TRY, TRY_BYTES, Chooser, Compression
 from .codec.frame import coding_for
 from .errors import AsyncSaveError, CommitError, SaveError, StagingError
 from .handle import SaveHandle, closed, finish_at_exit
@@ -258,8 +258,8 @@ class Pipeline:
         encoding: asyncio.Task[None] | None = None
         futures: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue()
         # How many chunks may be on their way to the disk. Where the coding depends on what the ones
-        # before them took they are few, as many as there are frames; and two until the first one is
-        # written, as nothing may be known before.
+        # before them took they are few, as many as there are frames; and two until so many are
+        # written that something is known.
         few = self._memory.frames.count if self._chooser.waits and self._memory.frames else 0
         ahead = asyncio.Semaphore(_FIRST_AHEAD if few else len(save.plan.chunks))
         try:
@@ -276,7 +276,7 @@ class Pipeline:
                 await self._append(save, frame, writer)
                 watchdog.writing("")
                 ahead.release()
-                if len(save.chunks) == 1:
+                if len(save.chunks) == LEAST_WRITES:
                     for _ in range(_FIRST_AHEAD, few):
                         ahead.release()
             await encoding
@@ -327,15 +327,17 @@ class Pipeline:
                 if staged.late is not None:
                     staged.late.settle(staged.chunk.index)
             await ahead.acquire()
-            room = None
-            if self._chooser.pick():
+            room, level = None, self._chooser.pick()
+            if level:
                 # In the order of the chunks, which is the order they are written in: otherwise
                 # later chunks could take all frames, and the one that is waited for find none.
                 save.watchdog.feeding("waiting for memory to encode into")
                 room = await self._call(self._frame_for, save)
                 if room is None:
                     continue  # the save has failed; go on to the end of the queue
-            future = self._loop.run_in_executor(self._encode, self._encode_one, save, staged, room)
+            future = self._loop.run_in_executor(
+                self._encode, self._encode_one, save, staged, room, level == TRY
+            )
             futures.put_nowait(future)
             save.watchdog.feeding("copying the state in the thread that saves")
         if save.staging_error is not None:
@@ -425,8 +427,12 @@ class Pipeline:
 
     # -- encoder threads ----------------------------------------------------------------------
 
-    def _encode_one(self, save: Save, staged: Staged, room: Slot | None) -> Frame:
-        """Make the frame of one chunk: encoded into ``room``, or as it is, in its slot."""
+    def _encode_one(self, save: Save, staged: Staged, room: Slot | None, only_try: bool) -> Frame:
+        """Make the frame of one chunk: encoded into ``room``, or as it is, in its slot.
+
+        Args:
+            only_try: encode a piece into ``room``, for the chooser, and leave the chunk as it is.
+        """
         chunk, slot = staged.chunk, staged.slot
         slots, frames = self._memory.slots, self._memory.frames
         assert slots is not None
@@ -435,15 +441,16 @@ class Pipeline:
         if room is not None:
             assert frames is not None
             coding = coding_for(chunk.dtype, self._byte_planes)
+            part = raw[:TRY_BYTES] if only_try else raw
             begun = time.perf_counter()
             encoder = self._memory.encoders.get()
             try:
-                coding, parts = encoder.encode(raw, coding, room.array)
+                coding, parts = encoder.encode(part, coding, room.array)
             finally:
                 self._memory.encoders.put(encoder)
             length = sum(parts)
-            self._chooser.encoded(raw.size, length, time.perf_counter() - begun)
-            if coding != "raw":
+            self._chooser.encoded(part.size, length, time.perf_counter() - begun)
+            if coding != "raw" and not only_try:
                 save.release(slots, slot)
                 return Frame(
                     chunk,

@@ -7,9 +7,11 @@ so a fast disk is left alone, as it is when the training keeps the encoders from
 slow disk is helped. What the final sync takes per byte is counted on both sides, since it begins
 when encoding is over: where it is most of the time, encoding gains little.
 
-What encoding would bring is not known before a chunk was encoded, so one is, as a probe: the second
-of the first save, by when the first one keeps the disk busy; in some later saves one that has
-enough others before it to be ready when its turn comes. Pure: what was measured is told to it.
+What encoding would bring is not known before it was tried. So where it is not being done, it is
+tried in every save, on a piece of the second chunk: the first one keeps the disk busy meanwhile,
+and a piece is ready before that is over, which a whole chunk in memory that was never used would
+not be. Nor is the disk known by the first write of all, which is often slow. Pure: what was
+measured is told to it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ from typing import Literal
 from ..errors import ConfigError
 
 AUTO_LEVEL = 1
+TRY = -1
+"""Not a level: store the chunk as it is, but encode `TRY_BYTES` of it to see what that brings."""
+
+TRY_BYTES = 4 << 20
+LEAST_WRITES = 2
+"""Frames that must have been written before the disk is known."""
+
 _MARGIN = 0.9  # encoding must promise a tenth, or the CPU time is better left to the training
-_CAUTION = 1.25  # a probe has the cores to itself; side by side, encoders are slower by as much
+_CAUTION = 1.25  # a trial has the cores to itself; side by side, encoders are slower by as much
 _FADE = 0.85  # how much a frame's measurement counts once the next one is there
 _SYNC_FADE = 0.5  # the same for syncs, of which a save has one
-_PROBE_EVERY = 4  # saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ class Chooser:
         self._fixed = None if setting is None else setting.level
         self._encoders = encoders
         self._lock = threading.Lock()
-        self._saves = self._picks = 0
+        self._picks = self._writes = 0
         self._written_bytes = self._write_seconds = 0.0
         self._synced_bytes = self._sync_seconds = 0.0
         self._raw_bytes = self._encoded_bytes = self._encode_seconds = 0.0
@@ -86,34 +94,31 @@ class Chooser:
 
     def begin_save(self) -> None:
         """Note that the next chunk is the first of a save."""
-        self._saves += 1
         self._picks = 0
 
     def pick(self) -> int:
-        """Return the level for the next chunk."""
+        """Return the level for the next chunk, 0 for none, or `TRY`."""
         if self._fixed is not None:
             return self._fixed
         with self._lock:
             self._picks += 1
-            if self._picks == self._probe():
+            if self._pays():
                 return AUTO_LEVEL
-            if not self._write_seconds or not self._encode_seconds:
-                return 0
-            write = self._write_seconds / self._written_bytes
-            encode = self._encode_seconds / self._raw_bytes / self._encoders
-            ratio = self._encoded_bytes / self._raw_bytes
-            sync = self._sync_seconds / self._synced_bytes if self._synced_bytes else 0.0
-            encoded = max(encode * _CAUTION, ratio * write) + sync
-            return AUTO_LEVEL if encoded < _MARGIN * (write + sync) else 0
+            return TRY if self._picks == 2 else 0
 
-    def _probe(self) -> int:
-        """Return which pick of this save is encoded in any case; 0 if none is."""
-        if not self._encode_seconds:
-            return 2
-        return self._encoders + 4 if self._saves % _PROBE_EVERY == 0 else 0
+    def _pays(self) -> bool:
+        """Whether encoding has been better than not."""
+        if not self._write_seconds or not self._encode_seconds:
+            return False
+        write = self._write_seconds / self._written_bytes
+        encode = self._encode_seconds / self._raw_bytes / self._encoders
+        ratio = self._encoded_bytes / self._raw_bytes
+        sync = self._sync_seconds / self._synced_bytes if self._synced_bytes else 0.0
+        encoded = max(encode * _CAUTION, ratio * write) + sync
+        return encoded < _MARGIN * (write + sync)
 
     def encoded(self, raw_bytes: int, encoded_bytes: int, seconds: float) -> None:
-        """Note what encoding one chunk took on one encoder, and brought."""
+        """Note what encoding a chunk, or a piece of one, took on one encoder, and brought."""
         with self._lock:
             self._raw_bytes = self._raw_bytes * _FADE + raw_bytes
             self._encoded_bytes = self._encoded_bytes * _FADE + encoded_bytes
@@ -122,6 +127,9 @@ class Chooser:
     def wrote(self, nbytes: int, seconds: float) -> None:
         """Note what writing one frame took."""
         with self._lock:
+            self._writes += 1
+            if self._writes < LEAST_WRITES:
+                return
             self._written_bytes = self._written_bytes * _FADE + nbytes
             self._write_seconds = self._write_seconds * _FADE + seconds
 
