@@ -57,10 +57,13 @@ class Bar:
     met: bool | None
 
     @classmethod
-    def of(cls, what: str, measured: float, limit: float, *, at_least: bool = False) -> Bar:
+    def of(cls, what: str, measured: float | None, limit: float, *, at_least: bool = False) -> Bar:
         """Return the bar that ``measured`` is at most ``limit``, or at least."""
+        bar = f"{what} {'≥' if at_least else '≤'} {limit:g}"
+        if measured is None:
+            return cls(bar, "–", None)
         met = measured >= limit if at_least else measured <= limit
-        return cls(f"{what} {'≥' if at_least else '≤'} {limit:g}", f"{measured:.3g}", met)
+        return cls(bar, f"{measured:.3g}", met)
 
 
 def show_bars(bars: Iterable[Bar], console: Console) -> None:

@@ -18,6 +18,8 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in results["rows"] if row["warm"] and not row["reference"]]
+    if not rows:
+        return
     rows.sort(key=lambda row: -row["warm"]["lost_seconds"]["median"])
     noise = next(
         row["warm"]["lost_seconds"] for row in results["rows"] if row["name"] == "no saving"

@@ -281,47 +281,56 @@ def summarize(row: Row, plain_step: float) -> dict[str, Any]:
 
 
 def bars(results: dict[str, Any]) -> list[Bar]:
-    """Return what the project promises, and what was measured; of rows that are there."""
-    rows = {row["name"]: row for row in results["rows"] if row["first"] is not None}
+    """Return what the project promises, and what was measured: nothing, where a row has failed."""
+    rows = {row["name"]: row for row in results["rows"]}
 
-    def warm(name: str, figure: str) -> float:
-        return float(rows[name]["warm"][figure]["median"])
+    def figure(when: str, name: str, of: str) -> float | None:
+        found = rows[name][when] if name in rows else None
+        if found is None:
+            return None
+        return float(found[of]["median"] if when == "warm" else found[of])
 
-    if not {COPY, BARE, DCP, OFF, LEVEL_1, AUTO, PREWARMED} <= rows.keys():
-        return []
     peers = [
-        name
+        figure("warm", name, "lost_seconds")
         for name, row in rows.items()
-        if not row["reference"] and row["warm"] and not name.startswith("asyncsave")
+        if not row["reference"] and not name.startswith("asyncsave")
     ]
-    best = min(warm(name, "lost_seconds") for name in peers)
-    blocked, durable = warm(OFF, "blocked_seconds"), warm(OFF, "durable_seconds")
-    first, prewarmed, dcp = (
-        rows[name]["first"]["blocked_seconds"] for name in (OFF, PREWARMED, DCP)
+    best = min((lost for lost in peers if lost is not None), default=None)
+    blocked, lost, durable = (
+        figure("warm", OFF, f"{what}_seconds") for what in ("blocked", "lost", "durable")
     )
-    found = [
-        ("blocked, off / copy into warm memory", blocked / warm(COPY, "blocked_seconds"), 1.5),
-        ("blocked, off / dcp.async_save", blocked / warm(DCP, "blocked_seconds"), 0.5),
-        ("first blocked, off / dcp.async_save's first", first / dcp, 1.0),
-        ("first blocked after prewarm() / a warm save", prewarmed / blocked, 1.5),
-        ("lost, off / the best peer's", warm(OFF, "lost_seconds") / best, 0.6),
-        (
-            "lost, level 1 / dcp.async_save's",
-            warm(LEVEL_1, "lost_seconds") / warm(DCP, "lost_seconds"),
-            1.0,
-        ),
-        ("durable, off / a bare O_DIRECT write", durable / warm(BARE, "durable_seconds"), 1.3),
-        ("durable, auto / off", warm(AUTO, "durable_seconds") / durable, 1.1),
+    first, prewarmed, dcp_first = (
+        figure("first", name, "blocked_seconds") for name in (OFF, PREWARMED, DCP)
+    )
+    copy, dcp_blocked = (figure("warm", name, "blocked_seconds") for name in (COPY, DCP))
+    level_1, dcp_lost = (figure("warm", name, "lost_seconds") for name in (LEVEL_1, DCP))
+    bare, auto = (figure("warm", name, "durable_seconds") for name in (BARE, AUTO))
+    judged = [
+        Bar.of("blocked, off / copy into warm memory", _ratio(blocked, copy), 1.5),
+        Bar.of("blocked, off / dcp.async_save", _ratio(blocked, dcp_blocked), 0.5),
+        Bar.of("first blocked, off / dcp.async_save's first", _ratio(first, dcp_first), 1.0),
+        Bar.of("first blocked after prewarm() / a warm save", _ratio(prewarmed, blocked), 1.5),
+        Bar.of("lost, off / the best peer's", _ratio(lost, best), 0.6),
+        Bar.of("lost, level 1 / dcp.async_save's", _ratio(level_1, dcp_lost), 1.0),
+        Bar.of("durable, off / a bare O_DIRECT write", _ratio(durable, bare), 1.3),
+        Bar.of("durable, auto / off", _ratio(auto, durable), 1.1),
     ]
-    judged = [Bar.of(*each) for each in found]
-    if NO_OVERLAP in rows:
-        waited = blocked + warm(OFF, "fence_seconds")
-        copied = results["state_bytes"] / warm(NO_OVERLAP, "blocked_seconds")
+    at_once = figure("warm", NO_OVERLAP, "blocked_seconds")
+    if at_once is not None:
+        fence = figure("warm", OFF, "fence_seconds")
+        waited = None if blocked is None or fence is None else blocked + fence
+        between = 10 * results["plain_step_seconds"]
+        copied = results["state_bytes"] / at_once / pinned_bandwidth()
         judged += [
-            Bar.of("blocked + fence / 10 steps", waited / 10 / results["plain_step_seconds"], 0.01),
-            Bar.of("copied / pinned bandwidth", copied / pinned_bandwidth(), 0.8, at_least=True),
+            Bar.of("blocked + fence / 10 steps", _ratio(waited, between), 0.01),
+            Bar.of("copied / pinned bandwidth", copied, 0.8, at_least=True),
         ]
     return judged
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    """Return the ratio of two measured times; None of one that is less than nothing, by noise."""
+    return None if one is None or other is None or other <= 0 else one / other
 
 
 def pinned_bandwidth() -> float:
@@ -404,7 +413,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="in a cycle; default: as the way's saves need")
     parser.add_argument("--ways", nargs="+", help="only rows that contain one of these")
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
-    parser.add_argument("--json", type=Path, help="default: bench/results/stall.json; quick: none")
+    parser.add_argument(
+        "--json", type=Path, help="default: bench/results/stall.json; with --quick or --ways: none"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -426,7 +437,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if options.width % options.heads:
         parser.error("--width must be a multiple of --heads")
-    if options.json is None and not options.quick:
+    if options.json is None and not options.quick and not options.ways:
         options.json = RESULTS / ("stall-cuda.json" if cuda else "stall.json")
     return options
 

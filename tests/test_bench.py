@@ -103,6 +103,24 @@ def test_stall(tmp_path: Path) -> None:
     assert "durable, off / a bare O_DIRECT write" in printed
 
 
+def test_stall_where_rows_are_missing(tmp_path: Path) -> None:
+    ways = ["--ways", "copy", "asyncsave, off", "level 1", "asyncsave, auto"]
+    results, printed = run("stall", tmp_path / "stall.json", "--directory", tmp_path, *ways)
+    assert len(results["bars"]) == 8
+    judged = {bar["bar"] for bar in results["bars"] if bar["met"] is not None}
+    assert judged == {
+        "blocked, off / copy into warm memory ≤ 1.5",
+        "first blocked after prewarm() / a warm save ≤ 1.5",
+        "durable, auto / off ≤ 1.1",
+    }
+    assert "not measured" in printed
+
+
+def test_stall_of_what_saves_nothing(tmp_path: Path) -> None:
+    results, _ = run("stall", tmp_path / "stall.json", "--directory", tmp_path, "--ways", "copy")
+    assert [row["name"] for row in results["rows"]] == ["no saving", "copy into warm memory"]
+
+
 def test_codec(tmp_path: Path) -> None:
     results, printed = run("codec", tmp_path / "codec.json")
     assert (tmp_path / "codec.png").exists() == installed("matplotlib")
