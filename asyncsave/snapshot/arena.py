@@ -143,7 +143,8 @@ class Arena:
             for index in self._free:
                 if self._slots[index] is None:
                     slot = self._slots[index] = self._make(index)
-                    slot.array[::PAGE_BYTES] = 0
+                    # all of it, by torch's threads: one thread that touches pages takes longer
+                    slot.tensor.zero_()
 
     def close(self) -> None:
         """Give the memory back to the system. No slot may be out."""
