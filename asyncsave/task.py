@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,11 +55,19 @@ class Frame:
     digest: str
     raw_digest: str
 
-    def pages(self) -> memoryview:
-        """Return its bytes, filled up with zeros to whole pages."""
+    def pad(self) -> int:
+        """Fill its last page up with zeros; return how long all its pages are."""
         end = padded(self.length)
         self.slot.array[self.length : end] = 0
-        return self.slot.array[:end].data
+        return end
+
+    def follows(self, other: Frame) -> bool:
+        """Whether its bytes in memory follow right behind those of another one."""
+        return (
+            self.arena is other.arena
+            and self.slot.index == other.slot.index + 1
+            and other.length == other.slot.nbytes
+        )
 
 
 class Save:
@@ -111,6 +119,17 @@ class Save:
             held = list(self._held.values())
         for arena, slot in held:
             self.release(arena, slot)
+
+    def fail(self, arenas: Iterable[Arena]) -> None:
+        """Stop whoever works for this save, or waits in one of ``arenas``."""
+        self.failed.set()
+        for arena in arenas:
+            arena.wake()
+
+    def note_staged(self) -> None:
+        """Note that the snapshot is taken."""
+        self.staged_seconds = self.elapsed()
+        self.handle.set_staged()
 
     def report(self, stored_bytes: int, peak_memory_bytes: int) -> SaveReport:
         """Return what the save has cost, now that it is durable; waits for the fence's figures."""

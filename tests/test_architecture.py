@@ -28,6 +28,7 @@ ORDER = [
     "watchdog",
     "task",
     "workers",
+    "background",
     "pipeline",
     "leaves",
     "match",

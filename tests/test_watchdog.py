@@ -74,7 +74,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, word: str = "stood still") -> 
 
 WORDS = {
     "create": "creating files",
-    "write": "writing at offset 65536",
+    "write": "writing at offset 262144",
     "sync": "syncing the data file",
     "rename": "syncing and committing",
     "prune": "removing older checkpoints",
@@ -87,7 +87,7 @@ def test_a_stall_is_reported_with_where_and_since_when(
 ) -> None:
     filesystem = HangingFileSystem("")
     monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
-    # small chunks: one is written before the one that hangs
+    # small chunks: four are written, in one go, before those that hang
     monkeypatch.setattr("asyncsave.memory.CHUNK_BYTES", 64 << 10)
     options: dict[str, Any] = {"compression": "off", "keep_last": 1}
     with Checkpointer(tmp_path, stall_warning_seconds=0.2, **options) as ckpt:

@@ -132,6 +132,12 @@ class Arena:
             self._free[slot.index] = None
             self._changed.notify_all()
 
+    def view(self, first: Slot, nbytes: int) -> memoryview:
+        """Return ``nbytes`` from the start of a slot, on into those that follow it in memory."""
+        assert self._memory is not None
+        start = first.index * self.slot_bytes
+        return self._memory[start : start + nbytes].data
+
     def wake(self) -> None:
         """Let waiting `acquire` calls look at ``give_up`` again."""
         with self._changed:
