@@ -63,7 +63,12 @@ class Bar:
         if measured is None:
             return cls(bar, "–", None)
         met = measured >= limit if at_least else measured <= limit
-        return cls(bar, f"{measured:.3g}", met)
+        return cls(bar, f"{measured:.4g}", met)
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    """Return the ratio of two measured times; None of one that is less than nothing, by noise."""
+    return None if one is None or other is None or other <= 0 else one / other
 
 
 def show_bars(bars: Iterable[Bar], console: Console) -> None:

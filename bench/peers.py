@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -52,14 +53,12 @@ class Way:
         synced: what it has synced when it says it is done.
         directory: where its checkpoints go.
         reference: not a way to save, but what one is compared with.
-        first_only: only its first save is of interest.
     """
 
     name: str
     synced: str
     directory: Path
     reference: bool = False
-    first_only: bool = False
 
     def open(self, training: Training) -> None:
         """Make ready, before the first save."""
@@ -108,7 +107,8 @@ class BareWrite(Way):
         descriptor = os.open(self.path(training), flags)
         try:
             for _ in range(-(-training.state_bytes // _WRITE_BYTES)):
-                os.write(descriptor, self.buffer)
+                if os.write(descriptor, self.buffer) != _WRITE_BYTES:
+                    raise OSError("the disk took less than it was given")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -293,7 +293,6 @@ def ways(directory: Path, device: str, wanted: list[str] | None = None) -> list[
         ),
         TorchSnapshot("torchsnapshot.async_take", "nothing", place()),
         TorchCheckpointing("torch_checkpointing", "nothing", place()),
-        AsyncSave(PREWARMED, all_, place(), first_only=True, compression="off", prewarm=True),
         AsyncSave(OFF, all_, place(), compression="off"),
         AsyncSave(LEVEL_1, all_, place(), compression=1),
         AsyncSave(AUTO, all_, place(), compression="auto"),
@@ -301,3 +300,18 @@ def ways(directory: Path, device: str, wanted: list[str] | None = None) -> list[
     if cuda:
         rows.append(AsyncSave(NO_OVERLAP, all_, place(), compression="off", overlap=False))
     return [row for row in rows if wanted is None or any(each in row.name for each in wanted)]
+
+
+def prewarmed(directory: Path) -> Way:
+    """Return what has all memory before its first save."""
+    return AsyncSave(PREWARMED, "files, directories", directory, compression="off", prewarm=True)
+
+
+def settle(way: Way) -> None:
+    """Delete what was saved, and leave no dirty pages to the next cycle."""
+    for path in way.directory.iterdir() if way.directory.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith("."):  # asyncsave's lock
+            path.unlink()
+    os.sync()

@@ -7,8 +7,8 @@ How it is measured. A *cycle* is one save and the training steps that follow, mo
 background lasts: a cycle contains the whole save. Every round has one cycle of each way, and one
 without a save, in an order that is drawn anew; so drift of the machine hits all alike. Before each
 cycle, outside the measured time: the last checkpoint is deleted, the disks are synced, and one
-training step is made. The first save of each way, which allocates what later ones reuse, is
-reported apart; medians are over the others. Two rows are no ways of saving but floors: torch's copy
+training step is made. The first save of each way, which allocates what later ones reuse, does
+not count here: bench/save.py is about that. Two rows are no ways of saving but floors: torch's copy
 of the same bytes into memory it has used before, and a bare O_DIRECT write of as many bytes with an
 fsync, while the training stands still.
 
@@ -38,9 +38,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -53,18 +51,16 @@ from typing import Any
 
 import psutil
 import torch
-from common import RESULTS, Bar, PeakMemory, Spread, provenance, show_bars, write_json
+from common import RESULTS, Bar, PeakMemory, Spread, provenance, ratio, show_bars, write_json
 from peers import (
     AUTO,
-    BARE,
-    COPY,
     DCP,
     LEVEL_1,
     NO_OVERLAP,
     NO_SAVING,
     OFF,
-    PREWARMED,
     Way,
+    settle,
     ways,
 )
 from pictures import draw_bars, draw_timeline
@@ -188,16 +184,6 @@ def _plain(report: SaveReport) -> dict[str, Any]:
     return {name: value for name, value in asdict(report).items() if name != "path"}
 
 
-def settle(way: Way) -> None:
-    """Delete what was saved, and leave no dirty pages to the next cycle."""
-    for path in way.directory.iterdir() if way.directory.exists() else ():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif not path.name.startswith("."):  # asyncsave's lock
-            path.unlink()
-    os.sync()
-
-
 def run(rows: list[Row], training: Training, saves: int, steps: int | None, log: Console) -> None:
     """Measure all rounds.
 
@@ -209,7 +195,7 @@ def run(rows: list[Row], training: Training, saves: int, steps: int | None, log:
     order, number = random.Random(0), 0
     for round_ in range(saves + 1):
         for row in order.sample(rows, len(rows)) if round_ else rows:
-            if row.why is not None or (round_ and row.way.first_only):
+            if row.why is not None:
                 continue
             try:
                 if round_ == 0:
@@ -220,8 +206,6 @@ def run(rows: list[Row], training: Training, saves: int, steps: int | None, log:
                     f"{round_}/{saves} {row.way.name}: {cycle.steps} steps, "
                     f"{cycle.cycle_seconds:.2f} s, blocked {cycle.blocked_seconds:.3f} s"
                 )
-                if row.way.first_only:
-                    row.way.close()
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # DCP's own is not an Exception
@@ -299,21 +283,12 @@ def bars(results: dict[str, Any]) -> list[Bar]:
     blocked, lost, durable = (
         figure("warm", OFF, f"{what}_seconds") for what in ("blocked", "lost", "durable")
     )
-    first, prewarmed, dcp_first = (
-        figure("first", name, "blocked_seconds") for name in (OFF, PREWARMED, DCP)
-    )
-    copy, dcp_blocked = (figure("warm", name, "blocked_seconds") for name in (COPY, DCP))
-    level_1, dcp_lost = (figure("warm", name, "lost_seconds") for name in (LEVEL_1, DCP))
-    bare, auto = (figure("warm", name, "durable_seconds") for name in (BARE, AUTO))
+    level_1, dcp = (figure("warm", name, "lost_seconds") for name in (LEVEL_1, DCP))
+    auto = figure("warm", AUTO, "durable_seconds")
     judged = [
-        Bar.of("blocked, off / copy into warm memory", _ratio(blocked, copy), 1.5),
-        Bar.of("blocked, off / dcp.async_save", _ratio(blocked, dcp_blocked), 0.5),
-        Bar.of("first blocked, off / dcp.async_save's first", _ratio(first, dcp_first), 1.0),
-        Bar.of("first blocked after prewarm() / a warm save", _ratio(prewarmed, blocked), 1.5),
-        Bar.of("lost, off / the best peer's", _ratio(lost, best), 0.6),
-        Bar.of("lost, level 1 / dcp.async_save's", _ratio(level_1, dcp_lost), 1.0),
-        Bar.of("durable, off / a bare O_DIRECT write", _ratio(durable, bare), 1.3),
-        Bar.of("durable, auto / off", _ratio(auto, durable), 1.1),
+        Bar.of("lost, off / the best peer's", ratio(lost, best), 0.6),
+        Bar.of("lost, level 1 / dcp.async_save's", ratio(level_1, dcp), 1.0),
+        Bar.of("durable, auto / off", ratio(auto, durable), 1.1),
     ]
     at_once = figure("warm", NO_OVERLAP, "blocked_seconds")
     if at_once is not None:
@@ -322,15 +297,10 @@ def bars(results: dict[str, Any]) -> list[Bar]:
         between = 10 * results["plain_step_seconds"]
         copied = results["state_bytes"] / at_once / pinned_bandwidth()
         judged += [
-            Bar.of("blocked + fence / 10 steps", _ratio(waited, between), 0.01),
+            Bar.of("blocked + fence / 10 steps", ratio(waited, between), 0.01),
             Bar.of("copied / pinned bandwidth", copied, 0.8, at_least=True),
         ]
     return judged
-
-
-def _ratio(one: float | None, other: float | None) -> float | None:
-    """Return the ratio of two measured times; None of one that is less than nothing, by noise."""
-    return None if one is None or other is None or other <= 0 else one / other
 
 
 def pinned_bandwidth() -> float:
@@ -365,7 +335,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     for name in ("blocked s", "fence s", "lost s", "durable s"):
         table.add_column(name, justify="right")
     table.add_column("synced")
-    for name in ("stored GB", "extra MB", "first:\nblocked s", "first:\nlost s"):
+    for name in ("stored GB", "extra MB"):
         table.add_column(name, justify="right")
     for row in results["rows"]:
         table.add_row(*_cells(row))
@@ -376,17 +346,14 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    first, name = row["first"], row["name"]
-    if first is None or (row["why"] is not None and row["warm"] is None):
-        return [name, "failed: see below", *[""] * 8]
-    firsts = [f"{first['blocked_seconds']:.3f}", f"{first['lost_seconds']:.2f}"]
+    name = row["name"]
     if row["warm"] is None:
-        return [name, *["–"] * 4, row["synced"], *["–"] * 2, *firsts]
+        return [name, "failed: see below", *[""] * 6]
     warm = {key: Spread(**value) for key, value in row["warm"].items()}
     lost = warm["lost_seconds"].show()
     extra = warm["extra_memory_bytes"].show(0, 1e6)
     if name == NO_SAVING:
-        return [name, "–", "–", lost, "–", "", "–", extra, "–", firsts[1]]
+        return [name, "–", "–", lost, "–", "", "–", extra]
     return [
         name,
         warm["blocked_seconds"].show(3),
@@ -396,7 +363,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["synced"],
         f"{warm['stored_bytes'].median / 1e9:.3f}",
         extra,
-        *firsts,
     ]
 
 
