@@ -45,12 +45,15 @@ class Sample:
     state_bytes: int
 
     def first(self, nbytes: float, fewest: int) -> list[torch.Tensor]:
-        """Return as many as ``nbytes`` allow, and ``fewest`` at least."""
+        """Return as many as ``nbytes`` allow; ``fewest`` at least, and as long as ``fewest`` of
+        the longest, since what a short one takes says little.
+        """
+        least = fewest * max((value.nbytes for value in self.values), default=0)
         count, total = 0, 0
         for value in self.values:
-            total += value.nbytes
-            if count >= fewest and total > nbytes:
+            if count >= fewest and total >= least and total + value.nbytes > nbytes:
                 break
+            total += value.nbytes
             count += 1
         return self.values[:count]
 
