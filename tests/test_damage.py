@@ -356,6 +356,56 @@ def test_a_run_says_what_it_passed_over_and_why(
         assert f"used {path[2]} instead" in caplog.text
 
 
+def test_a_step_under_another_name_is_not_that_step(tmp_path: Path) -> None:
+    one, two = tmp_path / "step-000000001", tmp_path / "step-000000002"
+    with asyncsave.Checkpointer(tmp_path, durable=False, compression=1) as run:
+        for step in (1, 2):
+            run.save(step, small(step))
+        run.wait()
+        two.rename(tmp_path / "between")
+        one.rename(two)
+        (tmp_path / "between").rename(one)
+        for use in (
+            lambda: run.restore(blank(small())),
+            lambda: run.restore(blank(small()), step=2),
+            lambda: run.load(step=2),
+            lambda: asyncsave.load(two),
+            lambda: asyncsave.verify(two),
+            lambda: asyncsave.verify(tmp_path),
+        ):
+            with pytest.raises(asyncsave.IntegrityError, match=r"step 1 .* to step-000000001,"):
+                use()
+        one.rename(tmp_path / "model")  # names no step: as good as any
+        assert_same(asyncsave.load(tmp_path / "model"), small(2))
+        two.rename(one)
+        into = blank(small())
+        assert run.restore(into) == 1
+        assert_same(into, small(1))
+
+
+@pytest.mark.parametrize("compression", ["off", 1])
+def test_damage_between_the_check_and_the_reading_is_noticed(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, compression: asyncsave.Compression
+) -> None:
+    """Chunks that were not held are read and checked once more; the state is partly filled then."""
+    state = {"w": torch.randn(100_000), "v": torch.randn(100_000)}
+    path = patient.path.parent / "b"
+    asyncsave.save(state, path, compression=compression).result()
+    real = Checkpoint.check
+
+    def check_and_harm(self: Checkpoint, *arguments: Any, **options: Any) -> Any:
+        held = real(self, *arguments, **{**options, "hold_bytes": 0})
+        with open(path / FILES[2], "r+b") as file:
+            byte = file.read(1)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), 0)
+        return held
+
+    monkeypatch.setattr(Checkpoint, "check", check_and_harm)
+    with pytest.raises(asyncsave.IntegrityError, match="checksum") as raised:
+        asyncsave.restore(path, {"w": torch.zeros(100_000), "v": torch.zeros(100_000)})
+    assert any("sound a moment ago" in note for note in raised.value.__notes__)
+
+
 def test_every_file_of_the_newest_flipped_somewhere(tmp_path: Path) -> None:
     """Wherever it is harmed, the one before is used; where only padding is, the newest is."""
     with asyncsave.Checkpointer(tmp_path, durable=False, compression=1) as run:

@@ -31,8 +31,8 @@ pattern is special.
 Speeds in comments are GB/s of chunk, one thread of a shared EPYC server, chunks of 16 MiB. While
 training runs Python, each NumPy call may wait a whole switch interval (5 ms) to get the GIL back,
 so splitting, which happens beside training, is few calls over whole planes. Joining is not, and
-works in blocks. Products stand for left shifts, which NumPy has no SIMD loop for: of bytes they take
-twelve times as long, of 2-byte elements twice.
+works in blocks. Products stand for left shifts, which NumPy has no SIMD loop for: of bytes they
+take twelve times as long, of 2-byte elements twice.
 """
 
 from collections.abc import Iterator, Sequence

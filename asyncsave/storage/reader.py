@@ -40,6 +40,7 @@ from .manifest import (
     decode_rank,
     digest,
 )
+from .steps import check_name
 
 _SCRATCH_BYTES = 512 << 20
 """What reading threads take in all, except that one may take three times the longest chunk."""
@@ -129,6 +130,7 @@ class Checkpoint:
         """
         first = _read_first(filesystem, path)
         record = decode_checkpoint(first, path / CHECKPOINT_FILE)
+        check_name(path, record.step)
         entry = record.ranks[0]
         second = path / entry.file
         data = _read_all(filesystem, second, MAX_RANK_BYTES, exactly=entry.length)
@@ -241,8 +243,7 @@ class Checkpoint:
             if limit_bytes < 0:
                 break
             try:
-                # huge where O_DIRECT reads into it; they are not always to be had fast: measured,
-                # 0.4 to 12 GB/s for their first touch, small ones 1.9 to 2.6
+                # huge where O_DIRECT reads into it
                 room[i] = pages(chunk.raw_length, huge=raw)
             except OSError:  # no room after all: everything can be read twice
                 break
@@ -375,8 +376,8 @@ class _Worker:
     def __init__(self, longest: int) -> None:
         try:
             # untouched memory costs nothing: what a checkpoint does not need is never used
-            self.stored = pages(longest)
-            self.raw = pages(longest)
+            self.stored = pages(longest, huge=True)
+            self.raw = pages(longest, huge=True)
             self.decoder = Decoder(longest)
         except (MemoryError, OSError) as cause:
             raise LoadError(f"there is no memory to read a chunk of {longest} bytes") from cause

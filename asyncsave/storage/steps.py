@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, LoadError
+from ..errors import CheckpointNotFoundError, IntegrityError, LoadError
 from .filesystem import FileSystem
 from .manifest import CHECKPOINT_FILE
 
@@ -17,6 +17,22 @@ STEP = re.compile(r"step-([0-9]{9,18})")
 def step_path(directory: Path, step: int) -> Path:
     """Return where the checkpoint of ``step`` is, or would be."""
     return directory / f"step-{step:09d}"
+
+
+def check_name(path: Path, step: int | None) -> None:
+    """Raise IntegrityError if the checkpoint at ``path`` has the name of another one's step.
+
+    Who asks for a step must not be given another. Names that are none of a step's are as good as
+    any, and so is a checkpoint that was saved without one.
+    """
+    named = STEP.fullmatch(path.name)
+    if named and step is not None and step != int(named[1]):
+        raise IntegrityError(
+            f"{path} is the checkpoint of step {step} under another one's name; rename it to "
+            f"{step_path(path.parent, step).name}, or to what does not name a step",
+            path=path / CHECKPOINT_FILE,
+            offset=0,
+        )
 
 
 def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
