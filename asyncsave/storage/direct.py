@@ -127,7 +127,7 @@ class LocalReadable:
         return done
 
     def _detour(self, offset: int, memory: Bytes) -> int:
-        detour = self._detours.pop() if self._detours else pages(_DETOUR_BYTES)
+        detour = self._detours.pop() if self._detours else pages(_DETOUR_BYTES, huge=True)
         wanted = min(memory.size, _DETOUR_BYTES)
         whole = -(-wanted // PAGE_BYTES) * PAGE_BYTES
         count = min(wanted, os.preadv(self._direct, [detour[:whole].data], offset))
