@@ -171,11 +171,14 @@ class Background:
         writer: DataWriter | None = None
         encoding: asyncio.Task[None] | None = None
         futures: asyncio.Queue[_Frames | None] = asyncio.Queue()
-        # How many chunks may be on their way to the disk: where they are encoded, as many as there
-        # are frames; where that depends on what earlier ones took, two until something is known.
-        frames = self._memory.frames
-        most = frames.count if frames is not None else len(save.plan.chunks)
-        first = min(_FIRST_AHEAD, most) if self._chooser.waits else most
+        # How many chunks may be on their way to the disk: where all are encoded, as many as there
+        # are frames; where that depends on what earlier ones took, two groups, and two chunks until
+        # something is known.
+        first = most = len(save.plan.chunks)
+        if self._chooser.waits:
+            first, most = _FIRST_AHEAD, 2 * _TOGETHER
+        elif self._memory.frames is not None:
+            first = most = self._memory.frames.count
         ahead, later = asyncio.Semaphore(first), most - first
         try:
             watchdog.writing("creating files")
@@ -230,7 +233,6 @@ class Background:
         self, save: Save, futures: asyncio.Queue[_Frames | None], ahead: asyncio.Semaphore
     ) -> None:
         """Hand staged chunks to the encoders as they come, and their results on in that order."""
-        rooms = self._memory.frames
         raw: list[Staged] = []
 
         def digest_raw() -> None:
@@ -261,8 +263,10 @@ class Background:
             level = self._chooser.pick()
             if level:
                 digest_raw()
-                # one is free: no more chunks are under way than there are frames
-                room = save.hold(rooms, rooms.acquire(wait=False)) if rooms is not None else None
+                # In the order of the chunks, which is the order they are written in: otherwise
+                # later chunks could take all frames, and the one that is waited for find none.
+                save.watchdog.feeding("waiting for memory to encode into")
+                room = self._frame_for(save, wait=False) or await self._call(self._frame_for, save)
                 if room is None:
                     continue  # the save has failed; go on to the end of the queue
                 task = self._loop.run_in_executor(
@@ -278,6 +282,11 @@ class Background:
             raise SaveError("another part of the save has failed")
         if save.late is not None:
             save.note_staged()
+
+    def _frame_for(self, save: Save, *, wait: bool = True) -> Slot | None:
+        frames = self._memory.frames
+        assert frames is not None
+        return save.hold(frames, frames.acquire(wait=wait, give_up=save.failed.is_set))
 
     async def _append(self, save: Save, frames: Sequence[Frame], writer: DataWriter) -> None:
         """Write frames that are neighbours in memory, and note where they are."""

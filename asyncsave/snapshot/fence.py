@@ -112,7 +112,8 @@ class _CudaEvent:
             self.event.synchronize()
 
     def query(self) -> bool:
-        return bool(self.event.query())
+        with torch.cuda.device(self.device):
+            return bool(self.event.query())
 
 
 class _CudaProbe:
