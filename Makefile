@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-# One question each, in the order of a README reader's; about 45 minutes in all, with nothing else running.
+# One question each, in the order of a README reader's; about 50 minutes in all, with nothing else running.
 BENCHES := stall save codec memory restore many gil auto faults
 
 .PHONY: demo test test-slow soak check bench clean

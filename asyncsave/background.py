@@ -45,12 +45,12 @@ from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
 _T = TypeVar("_T")
-_FIRST_AHEAD = 2
+_FIRST_AHEAD = 2  # as many as must be written before "auto" knows the disk
 _Frames = asyncio.Future[Sequence[Frame]]
 # Chunks in a group. Measured: beside a loop of pure Python, 1.02 GB took 0.94 s and cost the loop
 # 0.05 s; one by one, it was 1.57 s and 0.15 s.
 _TOGETHER = 4
-_IO_THREADS = 2  # one writes; the other waits for device events, or for the stager
+_IO_THREADS = 2  # one writes; the other waits: for device events, memory, or the stager
 
 
 class Background:

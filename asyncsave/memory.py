@@ -27,7 +27,10 @@ CHUNK_BYTES = 16 << 20
 
 MIN_CHUNK_BYTES = 64 << 10
 _MIN_SLOTS = 2
-_GOOD_SLOTS = 8  # with fewer, staging waits for single chunks; smaller chunks serve better
+# With fewer, staging waits for single chunks, and smaller ones serve better. Measured, 647 MiB in
+# 128 MiB of memory: 0.36 s with 8 at least, 0.39 with 4, 0.41 with 2, 0.37 with 16; at level 1 all
+# are the same, 0.66 to 0.68 s.
+_GOOD_SLOTS = 8
 _AROUND_BYTES = 3 << 20
 """Kept free for what encoding takes from the heap beside what is counted: measured, 2.7 MiB.
 
@@ -146,7 +149,8 @@ def _wanted(
     if level == 0:
         return Budget(chunk_bytes, slot_bytes, slots, 0, encoders, 0)
     encoder_bytes = Encoder(level, slot_bytes, byte_planes).memory_bytes
-    # a frame is encoded into by each encoder, one is being written, one waits
+    # A frame is encoded into by each encoder, one is being written, one waits. Measured, 647 MiB
+    # with one encoder: 0.54 s with 3 frames, 0.58 with 2, 0.57 with 4, 0.60 with 5.
     return Budget(chunk_bytes, slot_bytes, slots, encoders + 2, encoders, encoder_bytes)
 
 
