@@ -15,7 +15,8 @@ _BAR_CELLS = 12
 def show(report: TuneReport, console: Console) -> None:
     """Print the table; the bars are of the time to durable."""
     table = Table(
-        title=f"{report.state_bytes / 1e9:.3g} GB of state, {report.encoders} encoders, "
+        title=f"{report.state_bytes / 1e9:.3g} GB of state, {report.encoders} "
+        f"encoder{'s' if report.encoders > 1 else ''}, "
         f"disk of {report.directory}",
         caption=_caption(report),
     )
