@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Bar, Spread, provenance, show_bars, write_json
+from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
 from rich.console import Console
 from rich.table import Table
 from training import Training
@@ -200,13 +199,11 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    machine = results["hardware"]
     table = Table(
         title='Does compression="auto" choose well?',
         caption=(
             f"{results['state_bytes'] / 1e6:.0f} MB of state, {results['settings']['rounds']} "
-            f"saves each\n{machine['cpu']}, {machine['cores']} cores, {results['filesystem']}; "
-            "median, and smallest … largest"
+            f"saves each\n{where(results)}\nmedian, and smallest … largest"
         ),
     )
     table.add_column("")
@@ -248,10 +245,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no checkpoint stays
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=110)
+    console, log = start(110)
     began = time.perf_counter()
     size = {"layers": options.layers, "width": options.width, "heads": options.heads}
     training = Training(**size, batch=1, context=CONTEXT)

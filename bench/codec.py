@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from common import RESULTS, Bar, Spread, provenance, show_bars, write_json
+from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
 from rich.console import Console
 from rich.table import Table
 from training import Training
@@ -367,14 +367,13 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print a table for each dtype and kind."""
-    machine = results["hardware"]
     for dtype, kind in itertools.product(DTYPES, KINDS):
         table = Table(
             title=f"{kind} of a trained state in {dtype}",
             caption=(
-                f"{machine['cpu']}, {machine['cores']} cores; {results['parameters'] / 1e6:.1f} M "
-                f"parameters after {results['settings']['steps']} steps; GB/s: median, least and "
-                "most\n* measured on a MiB from all over"
+                f"{where(results)}\n{results['parameters'] / 1e6:.1f} M parameters after "
+                f"{results['settings']['steps']} steps; GB/s: median, least and most\n"
+                "* measured on a MiB from all over"
             ),
         )
         for name in ("", "ratio", "encode, 1 thread", "all", "decode, 1 thread", "all"):
@@ -444,9 +443,7 @@ def main(arguments: list[str]) -> int:
         options.steps, options.rounds = 5, 1
     elif options.json is None:
         options.json = RESULTS / "codec.json"
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=150)
+    console, log = start(150)
     kinds = trained(options)
     log.print(f"trained {options.steps} steps")
     torch.set_num_threads(1)

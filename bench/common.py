@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,42 @@ class Bar:
             return cls(bar, "–", None)
         met = measured >= limit if at_least else measured <= limit
         return cls(bar, f"{measured:.4g}", met)
+
+
+def start(width: int) -> tuple[Console, Console]:
+    """Prepare the process of a benchmark; return where results go, and where progress goes.
+
+    SIGTERM ends it as Ctrl+C does, so that no temporary checkpoint stays. Tables are ``width``
+    columns wide where there is no terminal.
+    """
+    # what DCP says on every save of a single process
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width)
+    return console, Console(stderr=True, highlight=False)
+
+
+def run_child(script: str, options: argparse.Namespace, names: Iterable[str], *more: str) -> Any:
+    """Run ``script`` in a process of its own with these options; return the JSON that it prints."""
+    command = [sys.executable, script, *more]
+    for name in names:
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(more)}:\n{ran.stderr}")
+    return json.loads(ran.stdout)
+
+
+def where(results: dict[str, Any]) -> str:
+    """Return the machine that results are from, in one line."""
+    machine = results["hardware"]
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {results['filesystem']}, "
+        f"torch {results['versions']['torch']}"
+    )
 
 
 def ratio(one: float | None, other: float | None) -> float | None:

@@ -38,11 +38,9 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -50,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Bar, Spread, provenance, show_bars, write_json
+from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -234,13 +232,11 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    machine = results["hardware"]
     table = Table(
         title="A pure-Python loop in the training thread while a save runs",
         caption=(
             f"{results['state_bytes'] / 1e9:.2f} GB of state, {results['settings']['repetitions']} "
-            f"saves each\n{machine['cpu']}, {machine['cores']} cores, {results['filesystem']}, "
-            f"torch {results['versions']['torch']}\nmedian, and smallest … largest"
+            f"saves each\n{where(results)}\nmedian, and smallest … largest"
         ),
     )
     table.add_column("")
@@ -283,12 +279,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = parse(arguments)
-    # what DCP says on every save of a single process
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no checkpoint stays
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=120)
+    console, log = start(120)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".gil-", dir=options.directory) as name:
         directory = Path(name).resolve()

@@ -27,11 +27,9 @@ import gc
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -39,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Bar, Spread, provenance, show_bars, write_json
+from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -220,13 +218,11 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    machine = results["hardware"]
     table = Table(
         title="What many small tensors cost",
         caption=(
             f"tensors of 1 KiB on the CPU, {results['settings']['saves']} warm saves each\n"
-            f"{machine['cpu']}, {machine['cores']} cores, {results['filesystem']}, "
-            f"torch {results['versions']['torch']}\nmedian, and smallest … largest"
+            f"{where(results)}\nmedian, and smallest … largest"
         ),
     )
     table.add_column("tensors", justify="right")
@@ -269,12 +265,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = parse(arguments)
-    # what DCP says on every save of a single process
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no checkpoint stays
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=120)
+    console, log = start(120)
     began = time.perf_counter()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix=".many-", dir=options.directory) as name:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,17 @@ from typing import Any
 
 import psutil
 import torch
-from common import RESULTS, Bar, PeakMemory, provenance, show_bars, write_json
+from common import (
+    RESULTS,
+    Bar,
+    PeakMemory,
+    provenance,
+    run_child,
+    show_bars,
+    start,
+    where,
+    write_json,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -105,13 +114,10 @@ def child(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace, limit: int | str, level: int) -> dict[str, Any]:
     """Measure one setting in a process of its own."""
-    command = [sys.executable, __file__, "--child", "--limit", str(limit), "--level", str(level)]
-    for name in ("state_bytes", "saves", "training_steps", "directory"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise SystemExit(ran.stderr)
-    return {"limit_bytes": limit, "level": level, **json.loads(ran.stdout)}
+    names = ("state_bytes", "saves", "training_steps", "directory")
+    setting = ("--limit", str(limit), "--level", str(level))
+    found = run_child(__file__, options, names, "--child", *setting)
+    return {"limit_bytes": limit, "level": level, **found}
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
@@ -137,8 +143,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         title="Memory that saving takes, MiB",
         caption=(
             f"{results['rows'][0]['state_bytes'] / MIB:.0f} MiB of state, "
-            f"{settings['saves']} saves for each row; "
-            f"{results['hardware']['cpu']}, {results['filesystem']}"
+            f"{settings['saves']} saves for each row\n{where(results)}"
         ),
     )
     names = ("memory_limit", "level", "peak", "says", "after 2", f"after {settings['saves']}")
@@ -178,9 +183,7 @@ def main(arguments: list[str]) -> int:
         limits = (8 << 20, "auto")
     elif options.json is None:
         options.json = RESULTS / "memory.json"
-    console, log = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=120)
+    console, log = start(120)
     began = time.perf_counter()
     settings = [(limit, level) for limit in limits for level in LEVELS]
     each = track(settings, "measuring", console=log)

@@ -33,11 +33,9 @@ import importlib.util
 import mmap
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Spread, provenance, write_json
+from common import RESULTS, Spread, provenance, start, where, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -304,14 +302,12 @@ def summarize(row: Row, state_bytes: int) -> dict[str, Any]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table and the bars."""
-    machine = results["hardware"]
     table = Table(
         title="How fast does a checkpoint come back?",
         caption=(
             f"{results['state_bytes'] / 2**30:.2f} GiB of fp32, normal with σ = 0.02; "
             f"{results['settings']['rounds']} rounds; median, and smallest … largest\n"
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} "
-            f"GiB, {results['filesystem']}, torch {results['versions']['torch']}"
+            f"{where(results)}"
         ),
     )
     for name in ("", "into"):
@@ -358,12 +354,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = parse(arguments)
-    # what DCP says to a single process
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no checkpoint stays
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=150)
+    console, log = start(150)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=options.directory) as name:
         directory = Path(name).resolve()

@@ -23,16 +23,25 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Bar, Spread, provenance, ratio, show_bars, write_json
+from common import (
+    RESULTS,
+    Bar,
+    Spread,
+    provenance,
+    ratio,
+    run_child,
+    show_bars,
+    start,
+    where,
+    write_json,
+)
 from peers import (
     AUTO,
     BARE,
@@ -63,8 +72,6 @@ NAMES = (COPY, BARE, DCP, f"{DCP}, cached stager", OFF, PREWARMED, LEVEL_1, AUTO
 
 def child(options: argparse.Namespace) -> None:
     """Measure one way; print JSON."""
-    # what DCP says on every save of a single process
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
     training = Training(options.layers, options.width, options.heads, batch=BATCH, context=CONTEXT)
     with tempfile.TemporaryDirectory(prefix=".save-", dir=options.directory) as name:
         way = _way(options.child, Path(name).resolve())
@@ -93,18 +100,6 @@ def _way(name: str, directory: Path) -> Way:
 
 
 # -- all of them ------------------------------------------------------------------------------
-
-
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Measure one way in a process of its own."""
-    command = [sys.executable, __file__, "--child", name]
-    for option in ("layers", "width", "heads", "saves", "directory"):
-        command += [f"--{option}", str(getattr(options, option))]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise SystemExit(f"{name}:\n{ran.stderr}")
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found
 
 
 def summarize(name: str, turns: list[dict[str, Any]], synced: str) -> dict[str, Any]:
@@ -149,14 +144,13 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    settings, machine = results["settings"], results["hardware"]
+    settings = results["settings"]
     table = Table(
         title="One save with nothing beside it",
         caption=(
             f"{results['state_bytes'] / 1e9:.2f} GB of state, {settings['rounds']} processes each, "
-            f"{settings['saves']} saves after the first\n{machine['cpu']}, {machine['cores']} "
-            f"cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {results['filesystem']}, torch "
-            f"{results['versions']['torch']}\nmedian, and smallest … largest"
+            f"{settings['saves']} saves after the first\n{where(results)}\n"
+            "median, and smallest … largest"
         ),
     )
     table.add_column("")
@@ -182,6 +176,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    console, log = start(120)
     if options.child:
         child(options)
         return 0
@@ -189,16 +184,14 @@ def main(arguments: list[str]) -> int:
         setattr(options, name, value)
     if options.json is None and not options.quick:
         options.json = RESULTS / "save.json"
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=120)
     began = time.perf_counter()
     about = provenance("cpu", options.directory)
     order = random.Random(0)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     for round_ in range(options.rounds):
         for name in order.sample(NAMES, len(NAMES)):
-            turn = measure(options, name)
+            names = ("layers", "width", "heads", "saves", "directory")
+            turn = run_child(__file__, options, names, "--child", name)
             turns[name].append(turn)
             first, *later = turn["blocked"]
             log.print(

@@ -39,19 +39,28 @@ import argparse
 import contextlib
 import math
 import random
-import signal
 import sys
 import tempfile
 import threading
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from common import RESULTS, Bar, PeakMemory, Spread, provenance, ratio, show_bars, write_json
+from common import (
+    RESULTS,
+    Bar,
+    PeakMemory,
+    Spread,
+    provenance,
+    ratio,
+    show_bars,
+    start,
+    where,
+    write_json,
+)
 from peers import (
     AUTO,
     DCP,
@@ -318,16 +327,14 @@ def pinned_bandwidth() -> float:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the table."""
-    settings, machine = results["settings"], results["hardware"]
+    settings = results["settings"]
     table = Table(
         title="What one checkpoint costs a training loop",
         caption=(
             f"{results['state_bytes'] / 1e9:.2f} GB of state on {settings['device']}, "
             f"{settings['saves']} warm saves each; a step takes "
             f"{results['plain_step_seconds']:.3f} s\n"
-            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-            f"{machine['memory_bytes'] / 2**30:.0f} GiB, {results['filesystem']}, "
-            f"torch {results['versions']['torch']}\n"
+            f"{where(results)}\n"
             "median, and smallest … largest; the range of “no saving” is the noise"
         ),
     )
@@ -411,12 +418,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Measure, print, write."""
     options = parse(arguments)
-    # what DCP says on every save of a single process
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no checkpoint stays
-    console, log = Console(), Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=150)
+    console, log = start(150)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".stall-", dir=options.directory) as name:
         directory = Path(name).resolve()
