@@ -402,13 +402,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for kind, panel in zip(KINDS, panels, strict=True):
         rows = [r for r in results["rows"] if (r["kind"], r["dtype"]) == (kind, "fp32")]
         ours = [r for r in rows if r["coding"].removeprefix("asyncsave, level ").isdigit()]
-        panel.plot(
-            [r["encode"]["median"] for r in ours],
-            [r["ratio"] for r in ours],
-            ".-",
-            color="tab:blue",
-            label="asyncsave, by level",
-        )
+        # of other bytes, so of other ratios: a line of their own
+        for sampled, style in ((False, ".-"), (True, ".:")):
+            line = [r for r in ours if r["sampled"] is sampled]
+            panel.plot(
+                [r["encode"]["median"] for r in line],
+                [r["ratio"] for r in line],
+                style,
+                color="tab:blue",
+                label="asyncsave, by level" + (", of a sample" if sampled else ""),
+            )
         for row in ours:
             level = row["coding"].rpartition(" ")[2]
             if level in ("1", "4", "6", "9", "12", "15", "19", "22"):
@@ -422,7 +425,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.set(xscale="log", xlabel="encode, GB/s, one thread", title=f"{kind}, fp32")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ratio")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
