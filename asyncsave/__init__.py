@@ -27,8 +27,9 @@ from .errors import (
     WriteError,
 )
 from .handle import SaveHandle
-from .report import SaveReport, Stats, TuneReport, TuneRow, VerifyReport
-from .restore import load, restore, verify
+from .listing import checkpoints, verify
+from .report import CheckpointInfo, SaveReport, Stats, TuneReport, TuneRow, VerifyReport
+from .restore import load, restore
 from .single import save
 from .state.rng import RngState
 from .tune import tune
@@ -37,6 +38,7 @@ __all__ = [
     "AsyncSaveError",
     "BusyError",
     "CheckpointExistsError",
+    "CheckpointInfo",
     "CheckpointNotFoundError",
     "Checkpointer",
     "ClosedError",
@@ -61,6 +63,7 @@ __all__ = [
     "VerifyReport",
     "WriteError",
     "__version__",
+    "checkpoints",
     "load",
     "restore",
     "save",

@@ -111,6 +111,10 @@ class Background:
 
         self._loop.call_soon_threadsafe(put)
 
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Call something in a thread of the background; takes no lock, so signal handlers may."""
+        self._encode.submit(call)
+
     def close(self) -> None:
         """End all threads, give all memory back. No save is in flight. Idempotent."""
         if self._once and self._started:
@@ -156,6 +160,7 @@ class Background:
         if self._once:
             self._close_rest()
         if report is not None:
+            _log.info("%s", report)
             save.handle.set_report(report)
         else:
             assert error is not None
@@ -334,6 +339,7 @@ class Background:
             chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
             data_bytes=data_bytes,
             step=target.step,
+            lineage=target.lineage,
             metrics=target.metrics,
             metadata=target.metadata,
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

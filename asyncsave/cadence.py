@@ -25,6 +25,11 @@ class Cadence:
         self._every_seconds = _positive("every_seconds", every_seconds, int, float)
         self._since = time.monotonic()
 
+    @property
+    def is_never(self) -> bool:
+        """Whether no step is ever due."""
+        return self._every_steps is None and self._every_seconds is None
+
     def restart(self) -> None:
         """Count ``every_seconds`` from now."""
         self._since = time.monotonic()

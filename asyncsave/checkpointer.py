@@ -27,18 +27,23 @@ from .codec.choose import CompressionSetting, parse_compression
 from .errors import (
     BusyError,
     ClosedError,
+    CommitError,
     ConfigError,
     SaveError,
 )
 from .handle import SaveHandle
+from .listing import list_checkpoints
 from .memory import MemoryLimit, parse_limit
+from .outcomes import Outcomes
 from .pipeline import Pipeline
-from .report import Stats
-from .restore import PathLike, load_from, restore_from
+from .report import CheckpointInfo, Stats
+from .restore import load_from, restore_from
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
-from .storage.manifest import encode_plain
-from .storage.retention import KeepBest, Policy, Retention, parse_metrics
+from .storage.notes import encode_plain, parse_metrics, parse_step
+from .storage.place import PathLike, local_path
+from .storage.retention import KeepBest, Policy
+from .storage.run import Existing, RunDirectory, Step
 from .storage.steps import step_path
 from .task import Target
 from .watchdog import STALL_WARNING_SECONDS, parse_stall_warning
@@ -46,6 +51,7 @@ from .watchdog import STALL_WARNING_SECONDS, parse_stall_warning
 _log = logging.getLogger("asyncsave")
 
 OnBusy = Literal["wait", "skip", "error"]
+OnError = Literal["raise", "warn"]
 
 
 class Checkpointer:
@@ -62,9 +68,15 @@ class Checkpointer:
                 if ckpt.should_stop:
                     break
 
-    The directory belongs to one Checkpointer at a time. Methods may be called from any thread; each
-    call that touches saves first raises the error of a background save that failed and was not yet
-    seen. Only a done callback must not call them: it would wait for itself, and gets a BusyError.
+    The directory belongs to one Checkpointer at a time, and to one run: into a directory that has
+    checkpoints, a run saves only if it has restored or loaded one of them. The newest is the one
+    that was committed last, whatever its step: after ``restore(state, step=10)`` the run goes on
+    from there, and what was saved after step 10 before is not restored again by itself.
+
+    Methods may be called from any thread. The error of a background save that failed, and that
+    nobody has seen yet, is raised by the next call: by `step` and `save` after they have begun the
+    save they were called for. Only a done callback must not call them: it would wait for itself,
+    and gets a BusyError.
     Close it, or use it in a ``with`` statement: one that is merely dropped finishes its save, frees
     its threads and its directory, and warns (ResourceWarning).
 
@@ -75,18 +87,28 @@ class Checkpointer:
         every_seconds: `step` saves when this much time has passed since the last save began.
         keep_last: keep the newest so many.
         keep_every: keep those whose step is a multiple of this.
-        keep_best: keep the best by a metric given to `step`: its name (lowest is best), or a tuple
-            of name, "min" or "max", and how many. A checkpoint stays if any rule keeps it; without
-            rules all stay. Nothing is removed before what replaces it is durable.
+        keep_best: keep the best by a metric given to `step`: a tuple of its name, "min" or "max",
+            and, if it is not one, how many. A checkpoint stays if any rule keeps it; without rules
+            all stay. Nothing is removed before what replaces it is durable. What a rollback left
+            is kept only as long as it is among the last ``keep_last`` of all.
+        existing: what the first save does in a directory with checkpoints that this run neither
+            restored nor loaded: "refuse" (CheckpointExistsError, at the first step already), or
+            "set_aside": move them into ``set-aside-…`` in the directory, which can be read like
+            any run.
         compression: "auto", "off", a level from 0 to 22, or a `Compression`.
-        memory_limit: most bytes to use beside the state; "auto" is the whole state if that is at
-            most half of the available memory, else that half. With less than the state, it is
-            copied in waves.
+        memory_limit: most bytes to use beside the state: an int, or a text as "2GB" or "512MiB";
+            "auto" is the whole state if that is at most half of the available memory, else that
+            half. With less than the state, it is copied in waves.
         on_busy: when a save is due and the last one still runs: "wait" for it, "skip" this one, or
             raise an "error" (BusyError).
+        on_error: a save in the background has failed: the next `step` or `save` "raise"s its error
+            or "warn"s of it in the log, and either way begins its own save. All other methods
+            raise.
         overlap: copy device tensors that only the optimizer changes during the next forward and
             backward pass. Off: everything is copied before `save` returns.
-        signals: on one of these, the next `step` saves, waits until durable and sets `should_stop`.
+        signals: on one of these, the next `step` saves, waits until durable and sets `should_stop`;
+            a second one does what it would do without asyncsave. They are handled from the first
+            `step` on, and not in notebooks.
         durable: sync files and directories, so that what is reported done survives a power cut.
         stall_warning_seconds: log a warning that says where when a save has stood still for so long
             (on a disk that hangs), and again each time that has doubled; None: never.
@@ -108,7 +130,9 @@ class Checkpointer:
         keep_best: KeepBest | None = None,
         compression: CompressionSetting = "auto",
         memory_limit: MemoryLimit = "auto",
+        existing: Existing = "refuse",
         on_busy: OnBusy = "wait",
+        on_error: OnError = "raise",
         overlap: bool = True,
         signals: Iterable[int] = (signal.SIGTERM,),
         durable: bool = True,
@@ -119,20 +143,21 @@ class Checkpointer:
         setting, limit = parse_compression(compression), parse_limit(memory_limit)
         if on_busy not in ("wait", "skip", "error"):
             raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
-        self._on_busy = on_busy
-        self._directory = Path(os.path.abspath(directory))
+        if on_error not in ("raise", "warn"):
+            raise ConfigError(f"on_error={on_error!r} must be 'raise' or 'warn'")
+        self._on_busy, self._on_error = on_busy, on_error
+        self._directory = local_path(directory)
         self._filesystem: FileSystem = LocalFileSystem()
         self._mutex = threading.RLock()
-        self._stats = Stats()
+        self._outcomes = Outcomes()
         self._pid = os.getpid()
         self._closed = False
-        self._handles: list[SaveHandle] = []
-        self._should_stop = False
+        self._should_stop = self._has_begun = False
+        self._begun: tuple[SaveHandle, Target] | None = None
+        self._signals = StopSignals(signals)
         with contextlib.ExitStack() as undo:
-            self._retention = Retention(self._filesystem, self._directory, policy)
-            undo.callback(self._retention.close)
-            self._signals = StopSignals(signals)
-            undo.callback(self._signals.close)
+            self._run = RunDirectory(self._filesystem, self._directory, policy, existing)
+            undo.callback(self._run.close)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -143,7 +168,7 @@ class Checkpointer:
             )
             undo.pop_all()
         self._finalizer = weakref.finalize(
-            self, _abandoned, self._pid, self._pipeline, self._retention, self._signals
+            self, _abandoned, self._pid, self._pipeline, self._run, self._signals
         )
         self._finalizer.atexit = False  # at exit, handle.py finishes what is open
 
@@ -190,18 +215,34 @@ class Checkpointer:
             The handle of the save that was begun, or None.
 
         Raises:
+            ConfigError: neither ``every_steps`` nor ``every_seconds`` was given, so that it would
+                never save; or ``step`` is one before that which was restored.
             What `save` raises, and the error of an earlier save that nobody has seen.
         """
+        if self._is_idle(step):
+            return None
         with self._turn():
-            if self._signals.arrived and not self._should_stop:
-                handle = self._save(step, state, metrics, metadata, on_busy="wait")
-                assert handle is not None
+            self._signals.install(self._pipeline.call_soon)
+            number = parse_step(step, state)
+            if self._cadence.is_never:
+                raise ConfigError(
+                    "step() saves when that is due, and nothing says when: give the Checkpointer "
+                    "every_steps= or every_seconds=, or call save()"
+                )
+            if not self._has_begun:
+                self._run.check(number)
+                self._has_begun = True
+            stopping = self._signals.arrived and not self._should_stop
+            handle = None
+            if stopping or self._cadence.due(number):
+                on_busy = "wait" if stopping else self._on_busy
+                handle = self._save(number, state, metrics, metadata, on_busy=on_busy)
+            if stopping and handle is not None:
                 handle.result()
                 self._should_stop = True
-                return handle
-            if not self._cadence.due(step):
-                return None
-            return self._save(step, state, metrics, metadata, on_busy=self._on_busy)
+                self._signals.answered()
+            self._tell_unseen()
+            return handle
 
     def save(
         self,
@@ -215,21 +256,29 @@ class Checkpointer:
         """Save ``state`` now.
 
         On return the snapshot is taken, except for copies that are allowed until the fence; with
-        ``block``, the checkpoint is durable.
+        ``block``, the checkpoint is durable. The step that was saved or restored last may be saved
+        again, and is replaced.
 
         Returns:
             The handle; None only if a save is in flight and ``on_busy="skip"``.
 
         Raises:
             StateError, StagingError, ConfigError: this state was not saved.
-            CheckpointExistsError: this step was saved already.
+            CheckpointExistsError: this step was saved before the last one; or the directory has
+                checkpoints of another run.
             BusyError: a save is in flight and ``on_busy="error"``.
-            SaveError, CommitError: with ``block``, this save's; else one of an earlier save.
+            SaveError, CommitError: with ``block``, this save's; else one of an earlier save, while
+                this one was begun.
         """
         with self._turn():
-            handle = self._save(step, state, metrics, metadata, on_busy=self._on_busy)
+            number = parse_step(step, state)
+            handle = self._save(number, state, metrics, metadata, on_busy=self._on_busy)
+            if not block:
+                self._tell_unseen()
         if block and handle is not None:
             handle.result()
+            with self._turn():
+                self._tell_unseen()
         return handle
 
     def prewarm(self, state: Any) -> None:
@@ -239,6 +288,7 @@ class Checkpointer:
             later.
         """
         with self._turn():
+            self._outcomes.raise_unseen()
             self._await_current()
             self._pipeline.prewarm(state)
 
@@ -251,7 +301,7 @@ class Checkpointer:
         with self._turn():
             current = self._pipeline.current
             ended = current is None or current.wait_ended(timeout)
-            self._raise_unseen()
+            self._outcomes.raise_unseen()
             return ended
 
     def close(self) -> None:
@@ -269,16 +319,18 @@ class Checkpointer:
             self._finalizer.detach()
             self._signals.close()
             self._pipeline.close()
-            self._retention.close()
+            self._run.close()
             self._closed = True
-            self._raise_unseen()
+            self._outcomes.raise_unseen()
 
     # -- restoring ----------------------------------------------------------------------------
 
-    def restore(self, state: Any, *, step: int | None = None, strict: bool = True) -> int | None:
+    def restore(self, state: Any, *, step: Step | None = None, strict: bool = True) -> int | None:
         """Fill ``state`` from the newest checkpoint that verifies, or from that of ``step``.
 
-        See `asyncsave.restore` for how. Checkpoints that were passed over because they are damaged
+        The run goes on from there: with an older step than the newest it is a rollback, which the
+        first save after it makes final. See `asyncsave.restore` for how, and `best_step` for
+        "best". Checkpoints that were passed over because they are damaged
         are logged and noted in ``stats.passed_over``.
 
         Returns:
@@ -290,49 +342,63 @@ class Checkpointer:
             CheckpointNotFoundError: there is none of ``step``.
         """
         with self._turn():
+            self._outcomes.raise_unseen()
             self._await_current()
+            path = self._run.find(step)
             if step is None and not self.steps():
                 return None
-            restored = restore_from(
-                self._filesystem,
-                self._retention.path(step),
-                state,
-                strict=strict,
-                passed_over=self._pass_over,
+            record = restore_from(
+                self._filesystem, path, state, strict=strict, passed_over=self._pass_over
             )
-            self._retention.restored = restored
+            self._run.restored(record)
+            self._has_begun = False
             self._cadence.restart()
-            return restored
+            return record.step
 
     def load(
         self,
         *,
-        step: int | None = None,
+        step: Step | None = None,
         keys: str | Sequence[str] | None = None,
         device: str | torch.device = "cpu",
     ) -> Any:
         """Return the state of the newest checkpoint that verifies, or of ``step``.
 
+        A run that has restored nothing and saved nothing goes on from the newest one it has loaded.
         See `asyncsave.load` for the arguments.
         """
         with self._turn():
+            self._outcomes.raise_unseen()
             self._await_current()
             return load_from(
                 self._filesystem,
-                self._retention.path(step),
+                self._run.find(step),
                 keys=keys,
                 device=device,
                 passed_over=self._pass_over,
             )
 
     def steps(self) -> list[int]:
-        """Return the steps of all committed checkpoints in the directory, ascending."""
-        return self._retention.steps()
+        """Return the steps of the run's checkpoints, ascending; not those that a rollback left."""
+        return sorted(each.step for each in self._run.history().line)
 
     def latest_step(self) -> int | None:
-        """Return the newest committed step, or None."""
-        steps = self.steps()
-        return steps[-1] if steps else None
+        """Return the step of the checkpoint that was committed last, or None."""
+        line = self._run.history().line
+        return line[0].step if line else None
+
+    def best_step(self) -> int | None:
+        """Return the best step by the metric of ``keep_best``, or None if none has it.
+
+        Raises:
+            ConfigError: there is no ``keep_best``.
+        """
+        best = self._run.best()
+        return best[0] if best else None
+
+    def checkpoints(self, *, verify: bool = False) -> list[CheckpointInfo]:
+        """Return what is known of each checkpoint; see `asyncsave.checkpoints`."""
+        return list_checkpoints(self._filesystem, self._run.history(), verify=verify)
 
     @property
     def directory(self) -> Path:
@@ -347,9 +413,21 @@ class Checkpointer:
     @property
     def stats(self) -> Stats:
         """Sums over all saves so far."""
-        return self._stats
+        return self._outcomes.stats
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _is_idle(self, step: Any) -> bool:
+        """Whether `step` has nothing to do: it is called after every step, and this is quick."""
+        return (
+            self._has_begun
+            and type(step) is int
+            and not self._closed
+            and not self._signals.arrived
+            and not self._cadence.due(step)
+            and not self._outcomes.has_ended
+            and self._pid == os.getpid()
+        )
 
     def _save(
         self,
@@ -361,14 +439,11 @@ class Checkpointer:
         on_busy: OnBusy,
     ) -> SaveHandle | None:
         began = time.perf_counter()
-        if type(step) is not int or not 0 <= step < 10**18:
-            raise ConfigError(f"step={step!r} must be an int from 0 on")
-        numbers = parse_metrics(metrics or {})
-        encode_plain(metadata, "metadata")
+        numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
         current = self._pipeline.current
         if current is not None and not current.done():
             if on_busy == "skip":
-                self._stats.skipped += 1
+                self._outcomes.stats.skipped += 1
                 return None
             if on_busy == "error":
                 raise BusyError(
@@ -376,24 +451,35 @@ class Checkpointer:
                     "often, or choose on_busy='wait' or 'skip'"
                 )
             self._await_current()
-            self._raise_unseen()
+        self._note_uncertain()
+        turn = self._run.next(step)
         target = Target(
-            step_path(self._directory, step),
-            step,
-            self._retention.may_replace(step),
-            numbers,
-            metadata,
-            functools.partial(self._retention.committed, step, numbers),
+            path=step_path(self._directory, step),
+            step=step,
+            lineage=turn.lineage,
+            replace=turn.replaces,
+            metrics=numbers,
+            metadata=plain,
+            then=functools.partial(self._run.committed, step, turn.lineage),
         )
+        self._run.warn_of_metrics(step, numbers)
         self._cadence.restart()
         try:
             handle = self._pipeline.save(state, target, began)
         except SaveError:
-            self._stats.failures += 1
+            self._outcomes.stats.failures += 1
             raise
-        self._handles.append(handle)
-        handle.add_done_callback(functools.partial(_count, self._stats))
+        self._begun = handle, target
+        self._outcomes.add(handle)
         return handle
+
+    def _note_uncertain(self) -> None:
+        """A checkpoint that was put in place, if not known to be durable, is the last one, too."""
+        if self._begun is not None and isinstance(self._begun[0].peek_error(), CommitError):
+            step = self._begun[0].step
+            assert step is not None
+            self._run.go_on_from(step, self._begun[1].lineage)
+        self._begun = None
 
     def _await_current(self) -> None:
         if self._pipeline.current is not None:
@@ -408,7 +494,6 @@ class Checkpointer:
         with self._mutex:
             if self._closed:
                 raise ClosedError("this Checkpointer is closed; make a new one")
-            self._raise_unseen()
             yield
 
     def _refuse_callbacks(self) -> None:
@@ -418,24 +503,17 @@ class Checkpointer:
                 "return; hand over to a thread of your own"
             )
 
-    def _raise_unseen(self) -> None:
-        ended = [handle for handle in self._handles if handle.done()]
-        self._handles = [handle for handle in self._handles if not handle.done()]
-        errors = [error for handle in ended if (error := handle.take_error()) is not None]
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"another save failed as well: {other!r}")
-            raise errors[0]
+    def _tell_unseen(self) -> None:
+        if self._on_error == "warn":
+            self._outcomes.warn_unseen()
+        else:
+            self._outcomes.raise_unseen()
 
     def _pass_over(self, path: Path, why: str) -> None:
-        self._stats.passed_over.append((path, why))
+        self._outcomes.stats.passed_over.append((path, why))
 
 
-def _count(stats: Stats, handle: SaveHandle) -> None:
-    stats.add(handle.peek())
-
-
-def _abandoned(pid: int, pipeline: Pipeline, retention: Retention, signals: StopSignals) -> None:
+def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:
     """Close what belonged to a Checkpointer that was garbage-collected.
 
     That may happen in any thread, even in one of the pipeline's, so a thread of its own waits.
@@ -446,12 +524,11 @@ def _abandoned(pid: int, pipeline: Pipeline, retention: Retention, signals: Stop
 
     def close() -> None:
         pipeline.close()
-        retention.close()
+        run.close()
 
     threading.Thread(target=close, name="asyncsave-close", daemon=True).start()
     warnings.warn(
-        f"the Checkpointer of {retention.directory} was dropped without close(); use it in a with "
-        "statement",
+        f"the Checkpointer of {run.path} was dropped without close(); use it in a with statement",
         ResourceWarning,
         stacklevel=2,
     )

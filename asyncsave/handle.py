@@ -132,6 +132,10 @@ class SaveHandle:
         """Return the report of a save that has ended; None if it failed."""
         return None if self._future.exception() else self._future.result()
 
+    def peek_error(self) -> BaseException | None:
+        """Return the error of a save that has ended, without looking at it for the user."""
+        return self._future.exception()
+
     def take_error(self) -> BaseException | None:
         """Return the error of a save that failed, if nobody has seen it; it counts as seen then."""
         if self not in _unseen:

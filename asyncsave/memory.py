@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import queue
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,15 @@ from .errors import ConfigError
 from .snapshot.arena import Arena, available_memory
 from .storage.writer import padded
 
-MemoryLimit = int | Literal["auto"]
+MemoryLimit = int | str
+"""Bytes, a text as "2GB", or "auto"."""
+
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmgt]i?b|b)", re.IGNORECASE)
+_UNITS = {
+    "b": 1,
+    **{f"{prefix}b": 1000 ** (i + 1) for i, prefix in enumerate("kmgt")},
+    **{f"{prefix}ib": 1024 ** (i + 1) for i, prefix in enumerate("kmgt")},
+}
 
 CHUNK_BYTES = 16 << 20
 """Longest chunk. Measured with O_DIRECT: 1.65 GB/s in writes of 16 MiB, 1.48 in writes of 4 MiB."""
@@ -85,15 +94,21 @@ def encoder_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) - 1))
 
 
-def parse_limit(limit: MemoryLimit) -> MemoryLimit:
-    """Return ``limit`` if it is one."""
+def parse_limit(limit: MemoryLimit) -> int | Literal["auto"]:
+    """Return ``limit`` in bytes: an int, or text as "2GB" (10⁹) or "512 MiB" (2²⁰); or "auto"."""
     if limit == "auto" or (type(limit) is int and limit > 0):
-        return limit
-    raise ConfigError(f"memory_limit={limit!r} must be 'auto' or a positive number of bytes")
+        return limit  # type: ignore[return-value]
+    size = _SIZE.fullmatch(limit.strip()) if isinstance(limit, str) else None
+    if size and (nbytes := int(float(size[1]) * _UNITS[size[2].lower()])) > 0:
+        return nbytes
+    raise ConfigError(
+        f"memory_limit={limit!r} must be 'auto', or a positive number of bytes: an int, or a text "
+        "such as '2GB' or '512MiB'"
+    )
 
 
 def divide(
-    limit: MemoryLimit, groups: Sequence[int], setting: Compression | None, held: int
+    limit: int | Literal["auto"], groups: Sequence[int], setting: Compression | None, held: int
 ) -> Budget:
     """Return the budget for a state.
 
@@ -164,7 +179,7 @@ class Memory:
         encoders: those that are not at work.
     """
 
-    def __init__(self, limit: MemoryLimit, compression: Compression | None) -> None:
+    def __init__(self, limit: int | Literal["auto"], compression: Compression | None) -> None:
         self._limit = limit
         self._compression = compression
         self._fitted: tuple[tuple[int, ...], bool] | None = None

@@ -14,7 +14,8 @@ time.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +23,7 @@ from .background import Background
 from .codec.choose import Compression
 from .errors import StagingError
 from .handle import SaveHandle, closed, finish_at_exit
-from .memory import Memory, MemoryLimit
+from .memory import Memory
 from .snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from .snapshot.snapshotter import Snapshotter, Staged
 from .state.plan import Plan, Planner
@@ -47,7 +48,7 @@ class Pipeline:
         filesystem: FileSystem,
         *,
         compression: Compression | None,
-        memory_limit: MemoryLimit,
+        memory_limit: int | Literal["auto"],
         overlap: bool,
         durable: bool,
         stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
@@ -112,6 +113,10 @@ class Pipeline:
             self._background.feed(save, [None])
             save.staging_over.set()
         return handle
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Let the background call something; a signal's handler may ask for it."""
+        self._background.call_soon(call)
 
     def prewarm(self, state: Any) -> None:
         """Take (and pin) the memory that saving ``state`` will need, without saving it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _NOISE = 0.05  # times that differ by less are the same
 _SAME_SIZE = 0.01
@@ -50,13 +52,52 @@ class SaveReport:
         """Raw bytes for each stored byte; above 1 is smaller on disk."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
+    def __str__(self) -> str:
+        name = self.path if self.step is None else f"step {self.step}"
+        where = "" if self.step is None else f": {self.path}"
+        return (
+            f"saved {name}, {gb(self.raw_bytes)} as {gb(self.stored_bytes)}, durable after "
+            f"{self.durable_seconds:.2f} s, of which the training was blocked for "
+            f"{self.blocked_seconds + self.fence_seconds:.3f} s{where}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What is known of one checkpoint of a run.
+
+    Attributes:
+        step: the training step, or None for a checkpoint without one.
+        path: its directory.
+        time: when it was written, in UTC; None where that cannot be read.
+        metrics: what was given to ``step`` or ``save``; None for what was not finite.
+        metadata: what was given to ``step`` or ``save``.
+        stored_bytes: length of its files; None where that cannot be told.
+        newest: `restore` begins with this one.
+        left: a rollback left it: it is restored only when its step is asked for.
+        sound: whether every byte is what was written; None: that was not looked at.
+        error: what is damaged, if it is not sound.
+    """
+
+    step: int | None
+    path: Path
+    time: datetime.datetime | None
+    metrics: dict[str, float | None]
+    metadata: Any
+    stored_bytes: int | None
+    newest: bool
+    left: bool
+    sound: bool | None
+    error: str
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """What ``verify`` read and found sound. Damage is raised, not reported.
 
     Attributes:
-        paths: the checkpoints, oldest first.
+        paths: the checkpoints, in the order they were committed.
+        newest: the one that `restore` and `load` take.
         chunks: how many chunks were read, checked, decoded and checked again.
         raw_bytes: what they decode to.
         stored_bytes: length of all files read.
@@ -64,6 +105,7 @@ class VerifyReport:
     """
 
     paths: tuple[Path, ...]
+    newest: Path
     chunks: int
     raw_bytes: int
     stored_bytes: int
@@ -219,3 +261,11 @@ def _setting(level: int) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def gb(nbytes: int) -> str:
+    """Return a length as people read it: ``1.62 GB``, ``4.1 kB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"

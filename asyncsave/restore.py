@@ -1,4 +1,4 @@
-"""Restore: a checkpoint back into values. ``load``, ``restore`` and ``verify``.
+"""Restore: a checkpoint back into values. ``load`` and ``restore``.
 
 `restore` fills what is there, all or nothing: it lists every difference before it begins
 (match.py); then it reads and checks all stored bytes, into new tensors and memory held for the
@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import (
-    CheckpointNotFoundError,
     ConfigError,
-    FormatError,
     IntegrityError,
-    LoadError,
     MismatchError,
-    UnsupportedVersionError,
 )
 from .leaves import NewLeaves, fill_run
 from .match import Match, show
-from .report import VerifyReport
 from .snapshot.arena import Bytes, available_memory
 from .state.nodes import (
     bulk_indices,
@@ -37,13 +30,12 @@ from .state.nodes import (
 )
 from .state.tree import unflatten
 from .storage.filesystem import FileSystem, LocalFileSystem
+from .storage.manifest import CheckpointRecord
+from .storage.newest import PassedOver, first_sound
+from .storage.place import PathLike, local_path
 from .storage.reader import Checkpoint, Run
-from .storage.steps import find
 
 _log = logging.getLogger("asyncsave")
-
-PathLike = str | os.PathLike[str]
-PassedOver = Callable[[Path, str], None]
 
 
 def load(
@@ -68,7 +60,7 @@ def load(
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`.
         MismatchError: ``keys`` names something that is not there.
     """
-    return load_from(LocalFileSystem(), Path(path), keys=keys, device=device)
+    return load_from(LocalFileSystem(), local_path(path), keys=keys, device=device)
 
 
 def restore(path: PathLike, into: Any, *, strict: bool = True) -> int | None:
@@ -93,38 +85,7 @@ def restore(path: PathLike, into: Any, *, strict: bool = True) -> int | None:
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`. Stored bytes
             were all checked before anything was changed.
     """
-    return restore_from(LocalFileSystem(), Path(path), into, strict=strict)
-
-
-def verify(path: PathLike) -> VerifyReport:
-    """Read and decode every byte of a checkpoint, or of all those in a run directory.
-
-    Raises:
-        IntegrityError, FormatError: the first damage found in each damaged checkpoint; if several
-            are damaged, the error is the newest one's and the others are in its notes.
-        CheckpointNotFoundError: there is no checkpoint.
-    """
-    began = time.perf_counter()
-    filesystem = LocalFileSystem()
-    paths, damage = [], []
-    chunks = raw_bytes = stored_bytes = 0
-    for each in find(filesystem, Path(path)):
-        try:
-            with Checkpoint.open(filesystem, each) as checkpoint:
-                checkpoint.check()
-                checkpoint.check_padding()
-                chunks += len(checkpoint.rank.chunks)
-                raw_bytes += sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
-                stored_bytes += checkpoint.stored_bytes
-            paths.append(each)
-        except LoadError as error:
-            damage.append((each, error))
-    if damage:
-        for each, older in damage[1:]:
-            damage[0][1].add_note(f"also damaged: {each}: {older}")
-        raise damage[0][1]
-    seconds = time.perf_counter() - began
-    return VerifyReport(tuple(reversed(paths)), chunks, raw_bytes, stored_bytes, seconds)
+    return restore_from(LocalFileSystem(), local_path(path), into, strict=strict).step
 
 
 # -- with any filesystem ----------------------------------------------------------------------
@@ -155,7 +116,7 @@ def load_from(
         bulk = new.values(where)
         return unflatten(tree, bulk.__getitem__)
 
-    return _first_sound(filesystem, path, one, passed_over)
+    return first_sound(filesystem, path, one, passed_over)
 
 
 def restore_from(
@@ -165,48 +126,22 @@ def restore_from(
     *,
     strict: bool,
     passed_over: PassedOver | None = None,
-) -> int | None:
-    """Do what `restore` says; tell ``passed_over`` which checkpoints could not be used, and why."""
+) -> CheckpointRecord:
+    """Do what `restore` says, and return the record of the checkpoint that was used.
 
-    def one(checkpoint: Checkpoint) -> int | None:
+    Args:
+        passed_over: told which checkpoints could not be used, and why.
+    """
+
+    def one(checkpoint: Checkpoint) -> CheckpointRecord:
         match = Match(checkpoint, strict)
         match.root(into)
         if match.reasons:
             raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
         _apply(checkpoint, match)
-        return checkpoint.record.step
+        return checkpoint.record
 
-    step: int | None = _first_sound(filesystem, path, one, passed_over)
-    return step
-
-
-def _first_sound(
-    filesystem: FileSystem,
-    path: Path,
-    use: Callable[[Checkpoint], Any],
-    passed_over: PassedOver | None,
-) -> Any:
-    """Use the newest checkpoint that is not damaged; raise the newest one's error if all are."""
-    errors: list[LoadError] = []
-    for each in find(filesystem, path):
-        try:
-            with Checkpoint.open(filesystem, each) as checkpoint:
-                result = use(checkpoint)
-        except UnsupportedVersionError:
-            raise  # it is sound: going on from an older one would lose work without a word
-        except (IntegrityError, FormatError, CheckpointNotFoundError) as error:
-            errors.append(error)
-            if each != path:
-                _log.warning("passed over %s: %s", each, error)
-                if passed_over is not None:
-                    passed_over(each, str(error))
-            continue
-        if errors:
-            _log.warning("used %s instead", each)
-        return result
-    for older in errors[1:]:
-        errors[0].add_note(f"and the one before: {older}")
-    raise errors[0]
+    return first_sound(filesystem, path, one, passed_over)
 
 
 def _device(device: str | torch.device) -> torch.device:

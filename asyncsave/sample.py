@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from .errors import LoadError, StateError
+from .errors import StateError
 from .memory import CHUNK_BYTES
 from .snapshot.arena import Slot
 from .snapshot.snapshotter import Snapshotter
@@ -25,8 +25,8 @@ from .state.plan import Planner
 from .state.tree import flatten
 from .storage.filesystem import FileSystem
 from .storage.manifest import TensorRecord, extent_bytes
+from .storage.newest import first_sound
 from .storage.reader import Checkpoint, Run
-from .storage.steps import find
 
 
 class _Piece(Protocol):
@@ -87,7 +87,7 @@ def sample_of_state(state: Any, most_bytes: int) -> Sample:
     snapshotter = Snapshotter(None, overlap=False)
     values: list[torch.Tensor] = []
     for chunk in _spread([chunk for chunk in plan.chunks if chunk.nbytes], most_bytes):
-        memory = torch.empty(chunk.nbytes, dtype=torch.uint8)
+        memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
         snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
         values.append(memory.view(getattr(torch, chunk.dtype)))
     return Sample(values, plan.nbytes)
@@ -115,28 +115,22 @@ class _Extent:
 
 
 def sample_of_checkpoint(filesystem: FileSystem, path: Path, most_bytes: int) -> Sample:
-    """Read chunks of the checkpoint at ``path``, or of the run's newest one that is sound.
+    """Read chunks of the checkpoint at ``path``, or of the one that `restore` would take.
 
     Raises:
         CheckpointNotFoundError, FormatError, IntegrityError: there is none.
     """
-    newest: LoadError | None = None
-    for each in find(filesystem, path):
-        try:
-            with Checkpoint.open(filesystem, each) as checkpoint:
-                pieces = [piece for whole in _extents(checkpoint) for piece in whole.cut()]
-                chosen = _spread(pieces, most_bytes)
-                memory = [torch.empty(piece.nbytes, dtype=torch.uint8) for piece in chosen]
-                pairs = zip(chosen, memory, strict=True)
-                checkpoint.read([Run(at.start, at.nbytes, into.numpy()) for at, into in pairs])
-                total = sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
-        except LoadError as error:
-            newest = newest or error
-            continue
-        pairs = zip(chosen, memory, strict=True)
+
+    def one(checkpoint: Checkpoint) -> Sample:
+        pieces = [piece for whole in _extents(checkpoint) for piece in whole.cut()]
+        chosen = _spread(pieces, most_bytes)
+        memory = [torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu") for piece in chosen]
+        pairs = list(zip(chosen, memory, strict=True))
+        checkpoint.read([Run(at.start, at.nbytes, into.numpy()) for at, into in pairs])
+        total = sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
         return Sample([into.view(at.dtype) for at, into in pairs], total)
-    assert newest is not None  # find() has raised where there is none at all
-    raise newest
+
+    return first_sound(filesystem, path, one)
 
 
 def _extents(checkpoint: Checkpoint) -> list[_Extent]:

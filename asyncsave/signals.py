@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -15,12 +16,17 @@ from .errors import ConfigError
 
 _log = logging.getLogger("asyncsave")
 
+Tell = Callable[[Callable[[], None]], object]
+
 
 class StopSignals:
-    """Handles signals from its making until `close`, and calls the handlers that were there before.
+    """Handles signals from `install` until `close`.
 
-    The handler does nothing but set ``arrived``: anything more could interrupt, and then wait for,
-    the thread that it runs in.
+    The first one sets ``arrived``, for the next step to save and stop, and goes on to a handler of
+    the program's own. Any further one, and one after `answered`, does what it would have done
+    without asyncsave: who asks twice is not waiting for a checkpoint any more.
+
+    The handler does nothing that could interrupt, and then wait for, the thread that it runs in.
 
     Args:
         numbers: of the signals.
@@ -31,19 +37,45 @@ class StopSignals:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.arrived = False
-        self._closed = False
+        self._tell: Tell = lambda _: None
+        self._answered = self._closed = self._installed = False
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
-        wanted = list(numbers)
-        if wanted and threading.current_thread() is not threading.main_thread():
+        try:
+            self._wanted = [signal.Signals(number) for number in numbers]
+            if {signal.SIGKILL, signal.SIGSTOP} & set(self._wanted):
+                raise ValueError("the system does not let SIGKILL and SIGSTOP be handled")
+        except (ValueError, TypeError) as cause:
+            raise ConfigError(f"signals={numbers!r} cannot be handled: {cause}") from cause
+
+    def install(self, tell: Tell) -> None:
+        """Handle the signals from now on; called by the training loop's first step.
+
+        Not before, since who never calls `step` would wait in vain for what a signal is to do; and
+        not in a notebook, which outlives its loops.
+
+        Args:
+            tell: called by the handler with a function that logs a line: it must run that in
+                another thread, and take no lock.
+        """
+        if self._installed:
+            return
+        self._installed, self._tell = True, tell
+        if not self._wanted or _in_notebook():
+            return
+        if threading.current_thread() is not threading.main_thread():
             _log.warning("signals are not handled: this is not the main thread")
             return
-        for number in wanted:
+        for number in self._wanted:
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except (OSError, ValueError, TypeError) as cause:
                 self.close()
                 raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
+
+    def answered(self) -> None:
+        """Note that the state is safe: another signal must not wait for that again."""
+        self._answered = True
 
     def close(self) -> None:
         """Put the previous handlers back, where nobody has replaced ours.
@@ -61,12 +93,21 @@ class StopSignals:
                     del self._previous[number]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.arrived = True
         previous = self._previous.get(number)
-        forked = self._pid != os.getpid()
-        if callable(previous):
+        first = not (self.arrived or self._answered or self._closed or self._pid != os.getpid())
+        self.arrived = True
+        name = signal.Signals(number).name
+        if first:
+            self._tell(lambda: _log.info("%s arrived: saving at the next step", name))
+            if callable(previous) and previous is not signal.default_int_handler:
+                previous(number, frame)
+        elif callable(previous):
             previous(number, frame)
-        elif previous in (signal.SIG_DFL, None) and (self._closed or forked):
-            # nobody will look at the flag: let the signal do what it does without us
+        elif previous in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "ipykernel" in sys.modules

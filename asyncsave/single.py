@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from .errors import CheckpointExistsError, write_error
 from .handle import SaveHandle
 from .memory import MemoryLimit, parse_limit
 from .pipeline import Pipeline
-from .restore import PathLike
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import CHECKPOINT_FILE
+from .storage.place import PathLike, local_path
 from .storage.retention import sweep
 from .task import Target
 
@@ -40,7 +39,7 @@ def save(
             have ``state_dict()``.
         path: the directory to make; its parent is made if need be.
         compression: "auto", "off", a level from 0 to 22, or a `Compression`.
-        memory_limit: most bytes to use beside the state, or "auto".
+        memory_limit: most bytes to use beside the state, as an int or as "2GB", or "auto".
         overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
             durable.
 
@@ -51,7 +50,7 @@ def save(
     began = time.perf_counter()
     setting, limit = parse_compression(compression), parse_limit(memory_limit)
     filesystem = LocalFileSystem()
-    target = Path(os.path.abspath(path))
+    target = local_path(path)
     try:
         filesystem.make_directories(target.parent)
         sweep(filesystem, target.parent, target.name)

@@ -16,6 +16,7 @@ from .snapshot.fence import LateCopies
 from .snapshot.snapshotter import Staged
 from .state.plan import Chunk, Plan
 from .state.tree import Flat
+from .storage.lineage import NO_LINEAGE, Lineage
 from .storage.manifest import ChunkRecord
 from .storage.writer import padded
 from .watchdog import Watchdog
@@ -28,14 +29,16 @@ class Target:
     Attributes:
         path: the checkpoint's directory.
         step: the training step, or None.
+        lineage: its place in a run.
         replace: a checkpoint that is there already is replaced.
         metrics: numbers by which retention may judge it.
-        metadata: what the user wants to find in ``checkpoint.json``.
+        metadata: what the user wants to find in ``checkpoint.json``, encoded.
         then: called in the background once the checkpoint is durable, for retention.
     """
 
     path: Path
     step: int | None = None
+    lineage: Lineage = NO_LINEAGE
     replace: bool = False
     metrics: dict[str, float | None] = field(default_factory=dict)
     metadata: object = None

@@ -31,15 +31,15 @@ from .errors import ConfigError, write_error
 from .memory import CHUNK_BYTES, encoder_threads
 from .pipeline import Pipeline
 from .report import TuneReport, TuneRow
-from .restore import PathLike
 from .sample import Sample, sample_of_checkpoint, sample_of_state
 from .snapshot.arena import available_memory
 from .state.plan import dtype_name
 from .storage.commit import Draft, begin, discard
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import digest
+from .storage.newest import find
+from .storage.place import PathLike, local_path
 from .storage.retention import sweep
-from .storage.steps import find
 from .task import Target
 from .workers import Workers
 
@@ -92,13 +92,13 @@ def tune(
     filesystem = LocalFileSystem()
     is_path = isinstance(state_or_path, (str, os.PathLike))
     if directory is None and is_path:
-        directory = _home(filesystem, Path(state_or_path))
-    where = Path(os.path.abspath(directory or Path.cwd()))
+        directory = find(filesystem, local_path(state_or_path)).line[0].path.parent
+    where = local_path(directory or Path.cwd())
     while not where.is_dir() and where != where.parent:
         where = where.parent
     most = min(_SAMPLE_BYTES, available_memory() // 8, shutil.disk_usage(where).free // 8)
     if is_path:
-        sample = sample_of_checkpoint(filesystem, Path(state_or_path), most)
+        sample = sample_of_checkpoint(filesystem, local_path(state_or_path), most)
     else:
         sample = sample_of_state(state_or_path, most)
     try:
@@ -128,11 +128,6 @@ def _parse_levels(levels: Iterable[int]) -> list[int]:
     if not chosen:
         raise ConfigError("levels= names no level: give some from 0 to 22")
     return chosen
-
-
-def _home(filesystem: FileSystem, path: Path) -> Path:
-    """Return the directory that the checkpoint, or the checkpoints of the run, are in."""
-    return next(iter(find(filesystem, Path(os.path.abspath(path))))).parent
 
 
 # -- measuring --------------------------------------------------------------------------------

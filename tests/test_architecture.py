@@ -30,6 +30,8 @@ ORDER = [
     "workers",
     "background",
     "pipeline",
+    "listing",
+    "outcomes",
     "leaves",
     "match",
     "restore",

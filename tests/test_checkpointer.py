@@ -57,9 +57,10 @@ def test_every_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ckpt.steps() == [3, 6, 9, 12, 15, 18, 21, 24, 27]
 
 
-def test_neither_saves_by_itself(tmp_path: Path) -> None:
+def test_without_a_cadence_only_save_saves(tmp_path: Path) -> None:
     with make(tmp_path) as ckpt:
-        assert ckpt.step(1, STATE) is None
+        with pytest.raises(asyncsave.ConfigError, match=r"every_steps= or every_seconds="):
+            ckpt.step(1, STATE)
         assert ckpt.steps() == []
         assert ckpt.latest_step() is None
         handle = ckpt.save(7, STATE, block=True)
@@ -77,6 +78,13 @@ def test_neither_saves_by_itself(tmp_path: Path) -> None:
         {"keep_last": 0},
         {"keep_every": "5"},
         {"keep_best": ("loss", "lowest")},
+        {"keep_best": "loss"},
+        {"keep_best": ("loss",)},
+        {"keep_best": ("loss", "min", 1, 1)},
+        {"existing": "remove"},
+        {"on_error": "ignore"},
+        {"memory_limit": "2 apples"},
+        {"memory_limit": "0GB"},
         {"keep_best": ("loss", "min", 0)},
         {"compression": 23},
         {"compression": "fast"},
@@ -237,10 +245,10 @@ def kept(directory: Path, **options: Any) -> list[int]:
         ({"keep_last": 3}, [60, 70, 80]),
         ({"keep_every": 30}, [30, 60, 80]),
         ({"keep_last": 2, "keep_every": 40}, [40, 70, 80]),
-        ({"keep_best": "loss"}, [20, 80]),
+        ({"keep_best": ("loss", "min")}, [20, 80]),
         ({"keep_best": ("loss", "max", 2)}, [70, 80]),
         ({"keep_best": ("loss", "min", 2), "keep_last": 1}, [20, 40, 80]),
-        ({"keep_best": "accuracy"}, [80]),
+        ({"keep_best": ("accuracy", "max")}, [80]),
     ],
     ids=str,
 )
@@ -253,29 +261,9 @@ def test_metrics_of_earlier_runs_count(tmp_path: Path) -> None:
         ckpt.save(1, STATE, metrics={"score": 9})
         ckpt.save(2, STATE, metrics={"score": 3})
     with make(tmp_path, keep_best=("score", "max")) as ckpt:
+        ckpt.load()
         ckpt.save(3, STATE, metrics={"score": 5}, block=True)
         assert ckpt.steps() == [1, 3]
-
-
-def test_later_steps_of_an_attempt_that_was_given_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with make(tmp_path) as ckpt:
-        for step in (10, 20, 30):
-            ckpt.save(step, {"w": torch.full((3,), float(step))})
-    state = {"w": torch.zeros(3)}
-    with make(tmp_path, keep_last=1) as ckpt:
-        with pytest.raises(asyncsave.CheckpointExistsError, match="restore"):
-            ckpt.save(30, state)
-        assert ckpt.restore(state, step=10) == 10
-        ckpt.save(15, state, block=True)
-        assert ckpt.steps() == [15, 20, 30], "later ones are neither counted nor removed"
-        ckpt.save(20, state, block=True)
-        assert "replacing the checkpoint of step 20" in caplog.text
-        assert ckpt.steps() == [20, 30]
-        assert_same(ckpt.load(step=20), {"w": torch.full((3,), 10.0)})
-        with pytest.raises(asyncsave.CheckpointExistsError):
-            ckpt.save(20, state)
 
 
 # -- owning the directory ---------------------------------------------------------------------
@@ -364,11 +352,14 @@ def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
 
     previous = signal.signal(signal.SIGTERM, handler)
     try:
-        with make(tmp_path) as ckpt:
+        with make(tmp_path, every_steps=100) as ckpt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert chained == [signal.SIGTERM], "nothing is handled before the first step"
+            chained.clear()
             ckpt.step(1, STATE)
             assert not ckpt.should_stop
             os.kill(os.getpid(), signal.SIGTERM)
-            assert chained == [signal.SIGTERM]
+            assert chained == [signal.SIGTERM], "a handler of the program's own is called, too"
             assert not ckpt.should_stop, "not before the state is safe"
             handle = ckpt.step(2, STATE)
             assert handle is not None

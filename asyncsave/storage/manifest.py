@@ -23,6 +23,7 @@ from ..errors import FormatError, IntegrityError, LoadError, StateError, Unsuppo
 from ..state.nodes import Node, numpy_dtype
 from ..state.plan import Plan
 from ..state.validate import validate_tree
+from .lineage import NO_LINEAGE, Lineage
 
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
@@ -114,6 +115,7 @@ class CheckpointRecord(_Record, frozen=True):
     metrics: dict[str, float | None]
     metadata: object
     ranks: list[RankFileRecord]
+    lineage: Lineage = NO_LINEAGE
 
 
 def rank_file(rank: int) -> str:
@@ -159,17 +161,6 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def encode_plain(value: object, what: str) -> bytes:
-    """Return ``value`` as JSON; StateError where it holds something JSON cannot."""
-    try:
-        return msgspec.json.encode(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as cause:
-        raise StateError(
-            f"{what} must be plain JSON (dicts with str keys, lists, str, numbers, bools, None): "
-            f"{cause}"
-        ) from cause
-
-
 def encode_rank(record: RankRecord) -> bytes:
     """Return the bytes of ``rank-NNNNN.json``.
 
@@ -203,6 +194,7 @@ def encode_manifests(
     chunks: list[ChunkRecord],
     data_bytes: int,
     step: int | None,
+    lineage: Lineage,
     metrics: dict[str, float | None],
     metadata: object,
     time: str,
@@ -224,6 +216,7 @@ def encode_manifests(
             metrics=metrics,
             metadata=metadata,
             ranks=[rank],
+            lineage=lineage,
         )
     )
     return rank_bytes, checkpoint_bytes
@@ -253,6 +246,7 @@ def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord
     record = _decode(data, CheckpointRecord, path)
     _require(record.world_size >= 1 and len(record.ranks) == record.world_size, path, "world size")
     _require(record.step is None or record.step >= 0, path, "step")
+    _require(record.lineage.is_possible, path, "lineage")
     for rank, entry in enumerate(record.ranks):
         _require(entry.file == rank_file(rank), path, f"name of rank {rank}'s manifest")
         _require(0 < entry.length <= MAX_RANK_BYTES, path, f"length of rank {rank}'s manifest")

@@ -1,34 +1,27 @@
-"""Retention: which checkpoints a run directory has, which may go, and what a crash left behind."""
+"""Retention: which checkpoints of a run may go, and what a crash has left behind."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import (
-    BusyError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
-    ConfigError,
-    LoadError,
-    write_error,
-)
+from ..errors import ConfigError
 from .commit import REPLACED, hidden_name
 from .filesystem import FileSystem
-from .reader import read_record
-from .steps import STEP, list_steps, step_path
+from .steps import STEP, step_path
 
 _log = logging.getLogger("asyncsave")
 _LEFTOVER = re.compile(rf"\.(.+)\.[0-9a-f]{{16}}({re.escape(REPLACED)})?")
 
-
-KeepBest = str | tuple[str, Literal["min", "max"]] | tuple[str, Literal["min", "max"], int]
+Direction = Literal["min", "max"]
+KeepBest = tuple[str, Direction] | tuple[str, Direction, int]
+Metrics = Callable[[int], float | None]
+"""Gives the metric of a step; None where it has none that can be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,60 +49,67 @@ class Policy:
         if keep_best is None:
             return cls(keep_last, keep_every, None)
         parts: list[Any] = [keep_best] if isinstance(keep_best, str) else list(keep_best)
-        metric, mode, count = (parts + ["", "min", 1][len(parts) :])[:3]
+        metric, mode, count = (parts + ["", "", 1][len(parts) :])[:3]
         if not (
-            len(parts) <= 3
+            2 <= len(parts) <= 3
             and isinstance(metric, str)
             and mode in ("min", "max")
             and type(count) is int
             and count >= 1
         ):
+            name = metric if isinstance(metric, str) and metric else "loss"
             raise ConfigError(
-                f"keep_best={keep_best!r} is not known: use a metric's name (lowest is best), or "
-                "(name, 'min' or 'max'), or (name, 'min' or 'max', how many)"
+                f"keep_best={keep_best!r} must say which way is better: ({name!r}, 'min') or "
+                f"({name!r}, 'max'), and may say how many: ({name!r}, 'min', 3)"
             )
-        return cls(keep_last, keep_every, (metric, str(mode), count))
+        return cls(keep_last, keep_every, (metric, mode, count))
 
-    def doomed(self, metrics: Mapping[int, Mapping[str, float | None]], current: int) -> list[int]:
-        """Return the steps that may be pruned once ``current`` is durable.
+    def doomed(self, line: Sequence[int], all_steps: Sequence[int], metric: Metrics) -> list[int]:
+        """Return the steps that may be pruned.
+
+        What a rollback left is kept as long as it is among the last so many of all, so that a
+        rollback by mistake can be taken back for a while. No other rule counts it.
 
         Args:
-            metrics: of every checkpoint in the directory.
-            current: the step that was just committed. Later steps, which an earlier attempt at this
-                run has left, are neither counted nor pruned: they are replaced when it gets there.
+            line: the steps of the run's line, newest first; the newest always stays.
+            all_steps: these and those that rollbacks left, newest first.
+            metric: gives the one that ``best`` goes by.
         """
         if self == Policy():
             return []
-        steps = sorted(step for step in metrics if step <= current)
-        keep = {current}
+        keep = set(line[:1])
         if self.last is not None:
-            keep.update(steps[-self.last :])
+            keep.update(line[: self.last], all_steps[: self.last])
         if self.every is not None:
-            keep.update(step for step in steps if step % self.every == 0)
+            keep.update(step for step in line if step % self.every == 0)
         if self.best is not None:
-            name, mode, count = self.best
-            sign = 1 if mode == "min" else -1
-            scored = []
-            for step in steps:
-                value = metrics[step].get(name)
-                if value is not None and not math.isnan(value):
-                    scored.append((sign * value, -step, step))
-            keep.update(step for _, _, step in sorted(scored)[:count])
-        return [step for step in steps if step not in keep]
+            keep.update(self.best_of(line, metric)[: self.best[2]])
+        return [step for step in all_steps if step not in keep]
+
+    def best_of(self, line: Sequence[int], metric: Metrics) -> list[int]:
+        """Return the steps that have the metric, the best one first; of equals, the later."""
+        assert self.best is not None
+        sign = 1 if self.best[1] == "min" else -1
+        known = [(sign * value, -step) for step in line if (value := metric(step)) is not None]
+        return [-step for _, step in sorted(known)]
 
 
-def prune(filesystem: FileSystem, directory: Path, steps: list[int]) -> None:
+def prune(filesystem: FileSystem, directory: Path, steps: Sequence[int]) -> list[int]:
     """Remove checkpoints: hidden first, so that no half-removed one can be seen.
 
     What cannot be removed is logged and left; a save does not fail because of it.
+
+    Returns:
+        The steps of those that are gone.
     """
-    hidden = []
+    hidden, gone = [], []
     for step in steps:
         path = step_path(directory, step)
         name = hidden_name(path)
         try:
             filesystem.rename(path, name)
             hidden.append(name)
+            gone.append(step)
         except OSError as cause:
             _log.warning("could not prune %s: %s", path, cause)
     try:
@@ -119,6 +119,7 @@ def prune(filesystem: FileSystem, directory: Path, steps: list[int]) -> None:
             filesystem.remove_tree(name)
     except OSError as cause:
         _log.warning("could not prune all of %s: %s; the next run will", directory, cause)
+    return gone
 
 
 def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> list[Path]:
@@ -167,122 +168,3 @@ def sweep(filesystem: FileSystem, directory: Path, name: str | None = None) -> l
             with contextlib.suppress(OSError):
                 lock.release()
     return removed
-
-
-class Retention:
-    """One run directory: locked and swept from the making of this object until `close`.
-
-    The pipeline's threads call `committed`, the training thread all else.
-
-    Attributes:
-        directory: the run's.
-        own: the steps that were committed through this object.
-        restored: the step that the run goes on from, if any.
-
-    Raises:
-        BusyError: somebody else holds the directory.
-        WriteError: it cannot be made or used.
-    """
-
-    def __init__(self, filesystem: FileSystem, directory: Path, policy: Policy) -> None:
-        self._filesystem = filesystem
-        self.directory = directory
-        self._policy = policy
-        self._metrics: dict[int, Mapping[str, float | None]] = {}
-        self.own: set[int] = set()
-        self.restored: int | None = None
-        try:
-            filesystem.make_directories(directory)
-            self._lock = filesystem.lock(directory)
-        except BlockingIOError as cause:
-            raise BusyError(
-                f"another Checkpointer, here or in another process, uses {directory}; close it, "
-                "or use another directory"
-            ) from cause
-        except OSError as cause:
-            raise write_error("use", directory, cause) from cause
-        if self._lock is None:
-            _log.warning("%s is on a filesystem without locks: nothing is swept there", directory)
-            return
-        try:
-            sweep(filesystem, directory)
-        except OSError as cause:
-            self._lock.release()
-            raise write_error("read", directory, cause) from cause
-
-    def close(self) -> None:
-        """Let go of the directory."""
-        if self._lock is not None:
-            self._lock.release()
-
-    def steps(self) -> list[int]:
-        """Return the steps of all committed checkpoints, ascending."""
-        return list_steps(self._filesystem, self.directory)
-
-    def path(self, step: int | None) -> Path:
-        """Return where the checkpoint of ``step`` is; the run's directory for None."""
-        if step is None:
-            return self.directory
-        if step not in self.steps():
-            raise CheckpointNotFoundError(
-                f"{self.directory} has no checkpoint of step {step}; it has {self.steps()}"
-            )
-        return step_path(self.directory, step)
-
-    def may_replace(self, step: int) -> bool:
-        """Return whether there is a checkpoint of this step, of an attempt that was given up.
-
-        Raises:
-            CheckpointExistsError: there is one that must stay.
-        """
-        if not self._filesystem.exists(step_path(self.directory, step)):
-            return False
-        if self.restored is not None and step > self.restored and step not in self.own:
-            _log.warning(
-                "replacing the checkpoint of step %d, later than step %d, which was restored",
-                step,
-                self.restored,
-            )
-            return True
-        raise CheckpointExistsError(
-            f"{self.directory} has a checkpoint of step {step} already; restore() first to go on "
-            "from the newest one, or use another directory"
-        )
-
-    def committed(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Prune what the policy does not keep, now that ``step`` is durable."""
-        self.own.add(step)
-        self._metrics[step] = metrics
-        if self._policy != Policy():
-            known = {each: self._metrics_of(each) for each in self.steps()}
-            doomed = self._policy.doomed({each: known[each] or {} for each in known}, step)
-            prune(self._filesystem, self.directory, [e for e in doomed if known[e] is not None])
-
-    def _metrics_of(self, step: int) -> Mapping[str, float | None] | None:
-        """Return the metrics of a checkpoint; None if the disk does not give them now."""
-        if step not in self._metrics and self._policy.best is None:
-            return {}  # nobody asks for them
-        if step not in self._metrics:
-            try:
-                path = step_path(self.directory, step)
-                self._metrics[step] = read_record(self._filesystem, path).metrics
-            except LoadError as cause:
-                _log.warning("could not read the metrics of step %d: %s", step, cause)
-                if isinstance(cause.__cause__, OSError):
-                    return None  # it may be the best: it stays, and is asked again
-                self._metrics[step] = {}
-        return self._metrics[step]
-
-
-def parse_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return metrics as they are stored: floats, and None for what is not finite."""
-    numbers: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as cause:
-            raise ConfigError(
-                f"the metric {name!r} is {value!r:.80}, which is not a number"
-            ) from cause
-        numbers[str(name)] = number if math.isfinite(number) else None
-    return numbers

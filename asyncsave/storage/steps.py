@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CheckpointNotFoundError, IntegrityError, LoadError
+from ..errors import IntegrityError, LoadError
 from .filesystem import FileSystem
 from .manifest import CHECKPOINT_FILE
 
@@ -53,29 +52,6 @@ def list_steps(filesystem: FileSystem, directory: Path) -> list[int]:
         return []
     except OSError as cause:
         raise LoadError(f"{directory} cannot be read: {cause.strerror}") from cause
+    except ValueError as cause:  # a NUL in the path
+        raise LoadError(f"{directory} cannot be looked into: {cause}") from cause
     return sorted(steps)
-
-
-def find(filesystem: FileSystem, path: Path) -> Iterator[Path]:
-    """Yield the checkpoint at ``path``; or those of the run directory there, newest first.
-
-    Raises:
-        CheckpointNotFoundError: it is neither.
-        LoadError: the directory cannot be read.
-    """
-    if filesystem.exists(path / CHECKPOINT_FILE):
-        yield path
-        return
-    try:
-        steps = list_steps(filesystem, path)
-    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
-        raise LoadError(f"{path} cannot be looked into: {cause}") from cause
-    if not steps:
-        why = (
-            "there is nothing there"
-            if not filesystem.exists(path)
-            else (f"it has no {CHECKPOINT_FILE} and no step-… directories")
-        )
-        raise CheckpointNotFoundError(f"there is no checkpoint at {path}: {why}")
-    for step in reversed(steps):
-        yield step_path(path, step)
