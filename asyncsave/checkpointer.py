@@ -347,13 +347,12 @@ class Checkpointer:
             path = self._run.find(step)
             if step is None and not self.steps():
                 return None
-            record = restore_from(
+            used = restore_from(
                 self._filesystem, path, state, strict=strict, passed_over=self._pass_over
             )
-            self._run.restored(record)
             self._has_begun = False
             self._cadence.restart()
-            return record.step
+            return self._run.restored(*used)
 
     def load(
         self,

@@ -85,7 +85,7 @@ def restore(path: PathLike, into: Any, *, strict: bool = True) -> int | None:
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`. Stored bytes
             were all checked before anything was changed.
     """
-    return restore_from(LocalFileSystem(), local_path(path), into, strict=strict).step
+    return restore_from(LocalFileSystem(), local_path(path), into, strict=strict)[1].step
 
 
 # -- with any filesystem ----------------------------------------------------------------------
@@ -126,20 +126,20 @@ def restore_from(
     *,
     strict: bool,
     passed_over: PassedOver | None = None,
-) -> CheckpointRecord:
-    """Do what `restore` says, and return the record of the checkpoint that was used.
+) -> tuple[Path, CheckpointRecord]:
+    """Do what `restore` says, and return which checkpoint was used.
 
     Args:
         passed_over: told which checkpoints could not be used, and why.
     """
 
-    def one(checkpoint: Checkpoint) -> CheckpointRecord:
+    def one(checkpoint: Checkpoint) -> tuple[Path, CheckpointRecord]:
         match = Match(checkpoint, strict)
         match.root(into)
         if match.reasons:
             raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
         _apply(checkpoint, match)
-        return checkpoint.record
+        return checkpoint.path, checkpoint.record
 
     return first_sound(filesystem, path, one, passed_over)
 

@@ -122,17 +122,22 @@ class Position:
     step: int
     lineage: Lineage
 
+    @classmethod
+    def of(cls, path: Path, record: CheckpointRecord) -> Position | None:
+        """Return that of a checkpoint; None if its name is not that of a run's checkpoint."""
+        name = STEP.fullmatch(path.name)
+        return None if name is None else cls(int(name[1]), record.lineage)
+
 
 _loaded: dict[str, list[Position]] = {}
 
 
 def _note_loaded(path: Path, record: CheckpointRecord) -> None:
-    if record.step is None or not STEP.fullmatch(path.name):
-        return
-    positions = _loaded.setdefault(os.path.realpath(path.parent), [])
-    position = Position(record.step, record.lineage)
-    if position not in positions:
-        positions.append(position)
+    position = Position.of(path, record)
+    if position is not None:
+        positions = _loaded.setdefault(os.path.realpath(path.parent), [])
+        if position not in positions:
+            positions.append(position)
 
 
 def loaded(directory: Path) -> list[Position]:

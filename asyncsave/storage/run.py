@@ -19,6 +19,7 @@ from ..errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     ConfigError,
+    LoadError,
     write_error,
 )
 from .filesystem import FileSystem
@@ -145,11 +146,12 @@ class RunDirectory:
 
     # -- going on ---------------------------------------------------------------------------------
 
-    def restored(self, record: CheckpointRecord) -> None:
-        """Note that the run goes on from this checkpoint."""
-        if record.step is not None:
-            self._position = Position(record.step, record.lineage)
-            self._restored = record.step
+    def restored(self, path: Path, record: CheckpointRecord) -> int:
+        """Note that the run goes on from this checkpoint of its own; return its step."""
+        position = Position.of(path, record)
+        assert position is not None
+        self._position, self._restored = position, position.step
+        return position.step
 
     def check(self, step: int) -> None:
         """Refuse what the first save would refuse, before the training has come that far.
