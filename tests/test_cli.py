@@ -66,7 +66,7 @@ def test_levels_that_cannot_be(checkpoint: Path, levels: str) -> None:
 def test_verify(checkpoint: Path) -> None:
     ran = run("verify", checkpoint)
     assert ran.exit_code == 0
-    assert "sound: 1 checkpoints" in ran.stdout
+    assert "1 of 1 checkpoint is sound" in ran.stdout
     data = bytearray((checkpoint / "rank-00000.data").read_bytes())
     data[100] ^= 1
     (checkpoint / "rank-00000.data").write_bytes(data)

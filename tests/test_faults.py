@@ -266,10 +266,11 @@ def test_the_best_stays_whatever_fails(
         directory = tmp_path / str(faults.at)
         faults.on = False
         use(monkeypatch, faults)
-        rules: dict[str, Any] = {**SMALL, "keep_best": "loss"}
+        rules: dict[str, Any] = {**SMALL, "keep_best": ("loss", "min")}
         with Checkpointer(directory, **rules) as ckpt:
             ckpt.save(1, state_of(1), metrics={"loss": 1.0}, block=True)
         with Checkpointer(directory, **rules) as ckpt:
+            ckpt.load(keys="step")
             faults.on = True
             error = ckpt.save(2, state_of(2), metrics={"loss": 3.0}).exception()  # type: ignore
             faults.on = False

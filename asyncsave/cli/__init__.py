@@ -50,6 +50,9 @@ def tune(
     levels: Annotated[
         str | None, typer.Option(help="Which to compare, as 0,1,3-6; default: all, 0 to 22.")
     ] = None,
+    every_row: Annotated[
+        bool, typer.Option("--all", help="Show every level, not only those to choose from.")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw it there, as PNG.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures there.")
@@ -73,13 +76,13 @@ def tune(
             "recommendation": report.recommendation,
         }
         json_file.write_text(json.dumps(found, indent=1) + "\n")
-    show(report, console)
+    console.print(escape(report.recommendation), highlight=False)
+    show(report, console, every_row=every_row)
     if picture is not None:
         try:
             draw(report, picture)
         except ImportError as cause:
             _fail(f"--picture needs matplotlib ({cause}): pip install matplotlib")
-    console.print(escape(report.recommendation), highlight=False)
 
 
 @app.command()
@@ -88,14 +91,24 @@ def verify(path: PathArgument) -> None:
     console = Console()
     with _told(), Console(stderr=True).status(f"reading {path}"):
         report = asyncsave.verify(path)
+    count = len(report.paths)
     for each in report.paths:
         console.print(escape(str(each)), highlight=False)
+    takes = f"; restore would take {report.newest.name}" if count > 1 else ""
     console.print(
-        f"sound: {len(report.paths)} checkpoints, {report.chunks} chunks, "
-        f"{report.stored_bytes / 1e9:.3f} GB stored, {report.raw_bytes / 1e9:.3f} GB decoded, "
-        f"in {report.seconds:.1f} s",
+        f"{count} of {count} checkpoint{'s are' if count > 1 else ' is'} sound{takes}. Read "
+        f"{_size(report.stored_bytes)} in {report.chunks} chunks, decoded to "
+        f"{_size(report.raw_bytes)}, in {report.seconds:.1f} s",
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} bytes"
 
 
 def _parse_levels(text: str) -> list[int]:

@@ -7,23 +7,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from asyncsave import TuneReport
+from asyncsave import TuneReport, TuneRow
 
 _BAR_CELLS = 12
 
 
-def show(report: TuneReport, console: Console) -> None:
-    """Print the table; the bars are of the time to durable."""
+def show(report: TuneReport, console: Console, *, every_row: bool) -> None:
+    """Print the table; the bars are of the time to durable.
+
+    Args:
+        every_row: all levels; else those that a decision is between: no compression, the soonest
+            durable, the smallest, and the soonest that compresses.
+    """
+    rows = report.rows if every_row else _few(report)
     table = Table(
         title=f"{report.state_bytes / 1e9:.3g} GB of state, {report.encoders} "
         f"encoder{'s' if report.encoders > 1 else ''}, "
         f"disk of {report.directory}",
-        caption=_caption(report),
+        caption=_caption(report, len(report.rows) - len(rows)),
     )
     for name in ("level", "ratio", "encode GB/s", "CPU s", "durable s", ""):
         table.add_column(name, justify="left" if not name else "right")
-    longest = max(row.durable_seconds for row in report.rows)
-    for row in report.rows:
+    longest = max(row.durable_seconds for row in rows)
+    for row in rows:
         speed = row.encode_bytes_per_second
         low, high = row.durable_range_seconds
         bar = "█" * max(1, round(_BAR_CELLS * row.durable_seconds / longest))
@@ -44,10 +50,19 @@ def show(report: TuneReport, console: Console) -> None:
     console.print(table)
 
 
-def _caption(report: TuneReport) -> str:
+def _few(report: TuneReport) -> list[TuneRow]:
+    encoded = [row for row in report.rows if row.level]
+    soonest = min(encoded, key=lambda row: row.durable_seconds).level if encoded else 0
+    chosen = {0, report.best, report.smallest, soonest}
+    return [row for row in report.rows if row.level in chosen]
+
+
+def _caption(report: TuneReport, hidden: int) -> str:
     parts = ["time to durable: median, and smallest … largest"]
     if any(row.sample_bytes < report.state_bytes for row in report.rows):
         parts.append("measured on a sample of the state, and scaled up to the whole")
+    if hidden:
+        parts.append(f"{hidden} more levels were measured: --all shows them")
     if report.skipped:
         levels = ", ".join(map(str, report.skipped))
         parts.append(f"not enough time for level {levels}: give more --seconds")
