@@ -17,7 +17,8 @@ from typing import Literal
 from .codec.choose import AUTO_LEVEL, Compression
 from .codec.frame import Encoder
 from .errors import ConfigError
-from .snapshot.arena import Arena, available_memory
+from .snapshot.arena import Arena
+from .snapshot.available import available_memory
 from .storage.writer import padded
 
 MemoryLimit = int | Literal["auto"]

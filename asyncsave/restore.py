@@ -30,7 +30,8 @@ from .errors import (
 from .leaves import NewLeaves, fill_run
 from .match import Match, show
 from .report import VerifyReport
-from .snapshot.arena import Bytes, available_memory
+from .snapshot.arena import Bytes
+from .snapshot.available import available_memory
 from .state.nodes import (
     bulk_indices,
     select,

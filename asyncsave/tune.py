@@ -33,7 +33,7 @@ from .pipeline import Pipeline
 from .report import TuneReport, TuneRow
 from .restore import PathLike
 from .sample import Sample, sample_of_checkpoint, sample_of_state
-from .snapshot.arena import available_memory
+from .snapshot.available import available_memory
 from .state.plan import dtype_name
 from .storage.commit import Draft, begin, discard
 from .storage.filesystem import FileSystem, LocalFileSystem

@@ -49,7 +49,7 @@ UNPURE = {"threading", "os", "time", "asyncio", "pathlib", "io", "socket", "temp
 ONLY_IN = {
     "aiofiles": ["storage/filesystem.py"],
     "zstandard": ["codec/zstd.py"],
-    "psutil": ["snapshot/arena.py"],
+    "psutil": ["snapshot/available.py"],
     "pickle": [],
     "shelve": [],
     "marshal": [],
