@@ -258,7 +258,7 @@ def test_a_save_in_a_group_with_its_page_cache_full(tmp_path: Path) -> None:
     """The state, Python and the whole snapshot are more than the group may have."""
     with limited_group(800 * MIB) as group:
         enter = 'echo $$ > "$0" && exec "$@"'
-        script = [sys.executable, "-c", IN_GROUP, str(tmp_path), "9"]
+        script = [sys.executable, "-c", IN_GROUP, str(tmp_path), "11"]
         run = subprocess.run(
             ["sh", "-c", enter, str(group / "cgroup.procs"), *script],
             capture_output=True,
