@@ -18,6 +18,7 @@ MODULES = sorted(path for path in HOUSE.rglob("*.py"))
 ORDER = [
     "_version",
     "errors",
+    "dtypes",
     "report",
     "state",
     "snapshot",

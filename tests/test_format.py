@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import asyncsave
+from asyncsave.dtypes import DTYPES
 
 from . import numpy_reader
 from .make_golden import (
@@ -154,8 +155,10 @@ def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
     widths = {name: int(width) for width, names in rows for name in re.findall(r"`(\w+)`", names)}
     for stem in ("uint", "int"):
         widths |= {f"{stem}{i}": 1 for i in range(1, 8)}  # given as a range
-    known = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in TORCH_DTYPES}
-    assert {name: widths.get(name) for name in known} == known
+    assert widths == {name: dtype.nbytes for name, dtype in DTYPES.items()}
+    assert all(
+        DTYPES[str(dtype).removeprefix("torch.")].nbytes == dtype.itemsize for dtype in TORCH_DTYPES
+    )
 
 
 # -- both readers agree -----------------------------------------------------------------------

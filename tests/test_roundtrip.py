@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import asyncsave
+from asyncsave.dtypes import DTYPES as DTYPES_KNOWN
+from asyncsave.state import nodes, tree
 from asyncsave.state.tree import flatten
 
 from .strategies import DTYPES, from_bits, states
@@ -74,9 +76,15 @@ def test_every_dtype_with_every_bit_pattern(saver: Any, dtype: torch.dtype) -> N
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_complex32(saver: Any) -> None:
-    tensor = from_bits(bytes(range(64)), torch.complex32, (4, 4))
+@pytest.mark.parametrize("name", ["complex32", "bcomplex32"])
+def test_complex_numbers_of_two_halves(saver: Any, name: str) -> None:
+    if name not in nodes.TORCH_DTYPES:
+        pytest.skip(f"this torch has no {name}")
+    dtype = nodes.TORCH_DTYPES[name]
+    tensor = from_bits(bytes(range(64)), dtype, (4, 4))
     assert_same({"x": tensor}, saver({"x": tensor}))
+    state = {"t": tensor.t(), "column": tensor[:, 1], "z": tensor}
+    assert_same(state, saver(state))
 
 
 def test_sub_byte_dtypes(saver: Any) -> None:
@@ -177,6 +185,35 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, value: Any, says: str) ->
         asyncsave.save({"outer": [0, {"inner": value}]}, tmp_path / "a")
     assert "outer.1.inner" in str(caught.value)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_dtype_that_the_table_lacks_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tree._KNOWN
+    with monkeypatch.context() as older:
+        older.setattr(tree, "_KNOWN", known - {torch.bfloat16})
+        with pytest.raises(asyncsave.StateError, match=r"'a.x' has dtype torch.bfloat16.*view"):
+            asyncsave.save({"a": {"x": torch.ones(2).bfloat16()}}, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    asyncsave.save({"x": torch.ones(2).bfloat16()}, tmp_path / "a").result()
+    monkeypatch.delitem(DTYPES_KNOWN, "bfloat16")
+    with pytest.raises(asyncsave.UnsupportedVersionError, match="bfloat16, which this asyncsave"):
+        asyncsave.load(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_dtype_of_this_torch_is_saved_or_refused_by_name(tmp_path: Path) -> None:
+    for name, dtype in nodes.TORCH_DTYPES.items():
+        if name.startswith("q"):
+            continue  # quantized: see below
+        state = {"x": from_bits(bytes(range(16)), dtype, (1,))}
+        if name in DTYPES_KNOWN:
+            asyncsave.save(state, tmp_path / name).result()
+            assert asyncsave.load(tmp_path / name)["x"].dtype is dtype
+        else:
+            with pytest.raises(asyncsave.StateError, match=f"'x' has dtype {dtype}"):
+                asyncsave.save(state, tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")

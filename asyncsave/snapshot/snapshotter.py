@@ -14,28 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..dtypes import DTYPES
 from ..errors import StagingError
+from ..state.nodes import TORCH_DTYPES
 from ..state.plan import Chunk, Copy, Piece, Plan, Source
 from ..state.tree import Bulk, Flat
 from .arena import Slot
 from .fence import Event, LateCopies, Transport
 
 _COPIED_AS_THEY_ARE = frozenset(
-    {
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.complex64,
-        torch.complex128,
-        torch.uint8,
-        torch.int8,
-    }
+    dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES and DTYPES[name].exact
 )
-"""dtypes whose ``copy_`` is known to keep every bit; all others are copied as integers."""
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The dtype of the same width, in bytes, whose copies are plain moves."""

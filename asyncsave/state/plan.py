@@ -36,6 +36,8 @@ import msgspec
 import numpy as np
 import torch
 
+from ..dtypes import BY_NUMPY_NAME, DTYPES
+from .nodes import TORCH_DTYPES
 from .tree import Bulk, Flat
 
 ALIGNMENT = 16
@@ -186,7 +188,9 @@ class Planner:
 
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # flatten() lets no others through
-_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_COMPLEX = frozenset(
+    dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES and DTYPES[name].complex
+)
 
 
 def _form(value: Any) -> Any:
@@ -401,28 +405,13 @@ def _storage_bytes(value: Bulk) -> int:
     return value.untyped_storage().nbytes()
 
 
-_NUMPY_CODING = {
-    "f2": "float16",
-    "f4": "float32",
-    "f8": "float64",
-    "c8": "complex64",
-    "c16": "complex128",
-    "i2": "int16",
-    "i4": "int32",
-    "i8": "int64",
-    "u2": "uint16",
-    "u4": "uint32",
-    "u8": "uint64",
-}
-
-
 def _add_bytes(
     leaf: int, value: Bulk, sources: list[Source], keys: list[tuple[str, str, bool]]
 ) -> _View:
     dtype = "uint8"
+    if isinstance(value, np.ndarray):
+        dtype = BY_NUMPY_NAME.get(value.dtype.str, dtype)
     nbytes = value.nbytes if isinstance(value, np.ndarray) else len(value)
-    if isinstance(value, np.ndarray) and value.dtype.str[0] == "<":
-        dtype = _NUMPY_CODING.get(value.dtype.str[1:], "uint8")
     sources.append(Source(leaf, Copy.BYTES, True, 0, nbytes))
     keys.append(("cpu", dtype, False))
     return _View(leaf, 0, nbytes, 1, dtype, None, source=len(sources) - 1)

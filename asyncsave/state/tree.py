@@ -18,9 +18,11 @@ from typing import Any, Union
 import numpy as np
 import torch
 
+from ..dtypes import DTYPES
 from ..errors import FormatError, StateError
 from .nodes import (
     MAX_DEPTH,
+    TORCH_DTYPES,
     BytesNode,
     ComplexNode,
     DeviceNode,
@@ -46,6 +48,8 @@ from .nodes import (
 
 INLINE_BYTES = 256
 """Longer ``bytes`` values go into chunks instead of into the tree."""
+
+_KNOWN = frozenset(dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES)
 
 _SAFE_INT = 2**53  # beyond it, JSON readers that use doubles would round
 
@@ -189,7 +193,7 @@ class _Flattener:
         return TensorNode(len(flat.values) - 1)
 
     def _tensor(self, value: torch.Tensor, name: str, depth: int) -> Node:
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if value.layout is not torch.strided or value.dtype not in _KNOWN or value.is_meta:
             raise StateError(_tensor_refusal(value, name))
         flat = self._flat  # as in _bulk(), without the call
         flat.names.append(name)
@@ -278,6 +282,9 @@ def _tensor_refusal(value: torch.Tensor, name: str) -> str:
         hint = "save value.to_dense(), or its indices and values"
     elif value.is_quantized:
         why, hint = "is quantized", "save value.int_repr(), its scale and its zero point"
+    elif value.dtype not in _KNOWN:
+        why = f"has dtype {value.dtype}, which this version of asyncsave does not know"
+        hint = "save it as value.view(dtype) with a dtype of the same width, torch.int16 say"
     else:
         why = f"is a {_type_name(value)}, a tensor subclass"
         hint = "save the plain tensor (to_local(), full_tensor(), or as_subclass(torch.Tensor))"
