@@ -185,7 +185,7 @@ def test_every_kind_of_value(tmp_path: Path, compression: Any) -> None:
     assert len(found) == 16, found
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_every_dtype(tmp_path: Path, compression: Any) -> None:
     raw = np.random.default_rng(3)
     state = {
@@ -375,7 +375,7 @@ def test_golden_files_are_as_they_were() -> None:
 
 
 @golden
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_golden_checkpoints_are_read(name: str) -> None:
     plain = json.loads(plain_path(name).read_text())
     assert describe(asyncsave.load(GOLDEN / name)) == plain
@@ -403,7 +403,7 @@ def test_golden_checkpoints_have_every_coding() -> None:
 
 
 @golden
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_a_flipped_bit_raises_or_changes_nothing(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a"
     shutil.copytree(GOLDEN / name, path)

@@ -75,7 +75,7 @@ def test_every_dtype_with_every_bit_pattern(saver: Any, dtype: torch.dtype) -> N
     assert_same(lone, saver(lone))
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 @pytest.mark.parametrize("name", ["complex32", "bcomplex32"])
 def test_complex_numbers_of_two_halves(saver: Any, name: str) -> None:
     if name not in nodes.TORCH_DTYPES:
