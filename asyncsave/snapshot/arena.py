@@ -167,9 +167,10 @@ class Arena:
     def _make(self, index: int) -> Slot:
         assert self._memory is not None
         start = index * self.slot_bytes
-        tensor = torch.frombuffer(
-            self._memory, dtype=torch.uint8, offset=start, count=self.slot_bytes
-        )
+        with torch.inference_mode(False):  # a slot serves saves outside of it, too
+            tensor = torch.frombuffer(
+                self._memory, dtype=torch.uint8, offset=start, count=self.slot_bytes
+            )
         if self._pin:
             self._register(tensor)
         self.allocated += 1

@@ -10,10 +10,7 @@ so a chunk is a slice of one large tensor, or many small tensors, or both, and n
 20,000 small tensors are as many chunks as their bytes need. A chunk holds one element type, because
 coding depends on it, and one kind of staging.
 
-Leaves that share memory are found by their address ranges: ranges of one storage that overlap
-become one *source*, saved once, and the leaves are views into it. A reader sees ties in the same
-way, as leaves whose addresses overlap. A view that does not cover its own range (``x[:, ::2]``) is
-saved as its elements alone unless it is tied to something.
+What each leaf's bytes are read from, and which leaves share it, is found by sources.py.
 
 Plans hold no tensors. A plan is valid as long as the signature of the leaves is the same, so the
 second save of the same training state costs one comparison. Pure: no threads, no files, no clock.
@@ -25,8 +22,6 @@ of the 0.19 s that a save then blocked (now 0.06).
 
 from __future__ import annotations
 
-import collections
-import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,38 +31,13 @@ import msgspec
 import numpy as np
 import torch
 
-from ..dtypes import BY_NUMPY_NAME, DTYPES
+from ..dtypes import DTYPES
 from .nodes import TORCH_DTYPES
+from .sources import Key, Source, View, find_sources, place
 from .tree import Bulk, Flat
 
 ALIGNMENT = 16
 """Every chunk length is cut at a multiple of this, the largest element size of torch, in bytes."""
-
-
-class Copy(enum.Enum):
-    """How a source's bytes are read."""
-
-    RANGE = enum.auto()  # one run of memory
-    GATHER = enum.auto()  # a strided tensor, element by element in row-major order
-    BYTES = enum.auto()  # a NumPy array or bytes
-
-
-class Source(msgspec.Struct, frozen=True, gc=False):
-    """One run of the address space that is read from one place.
-
-    Attributes:
-        leaf: the number of a leaf through which the memory is reached.
-        copy: how.
-        whole: the source is exactly this leaf, and contiguous.
-        offset: for a RANGE that is not whole, where it begins in the leaf's storage, in bytes.
-        nbytes: its length.
-    """
-
-    leaf: int
-    copy: Copy
-    whole: bool
-    offset: int
-    nbytes: int
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -144,7 +114,9 @@ class Planner:
         self._fixed: Any = None
         self._forms: list[Any] = []
         self._places: list[int] = []
-        self._storages: list[int] = []
+        self._extents = np.empty(0, np.uint64)
+        self._alone = np.empty(0, np.bool_)
+        self._storages: list[tuple[int, tuple[int, int]]] = []
 
     def plan(self, flat: Flat, chunk_bytes: int, late: Sequence[bool]) -> Plan:
         """Return the plan for these leaves: the last one, where it still holds.
@@ -160,31 +132,49 @@ class Planner:
         places = []
         for i, value in enumerate(values):  # once: with many tensors, each is in no cache
             same = same and _form(value) == self._forms[i]
-            places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
-        if not same or (places != self._places and not self._still_untied(values, places)):
-            self._plan = _make_plan(flat.names, values, chunk_bytes, late)
+            places.append(value.data_ptr() if type(value) in _TENSORS else place(value))
+        same = same and all(_storage(values[i]) == storage for i, storage in self._storages)
+        if not same or (places != self._places and not self._still_untied(places)):
+            self._plan, views = _make_plan(flat.names, values, chunk_bytes, late)
             shared: dict[Any, Any] = {}
             self._fixed = fixed
             self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
-            self._storages = [_storage(value) for value in values]
+            self._extents = np.array([view.high - view.low for view in views], np.uint64)
+            self._alone = _apart(places, self._extents)
+            self._storages = [
+                (source.leaf, _storage(values[source.leaf]))
+                for source in self._plan.sources
+                if source.in_storage
+            ]
         self._places = places
         assert self._plan is not None
         return self._plan
 
-    def _still_untied(self, values: Sequence[Bulk], places: list[int]) -> bool:
-        """Whether every leaf that moved was alone in its storage, and is so where it is now."""
-        assert self._plan is not None
+    def _still_untied(self, places: list[int]) -> bool:
+        """Whether every leaf that moved had its memory to itself, and has so where it is now."""
         moved = [
             i for i, pair in enumerate(zip(places, self._places, strict=True)) if pair[0] != pair[1]
         ]
-        before = collections.Counter(self._storages)
-        alone = {source.leaf for source in self._plan.sources if source.whole}
-        if any(before[self._storages[i]] != 1 or i not in alone for i in moved):
-            return False
-        for i in moved:
-            self._storages[i] = _storage(values[i])
-        after = collections.Counter(self._storages)
-        return all(after[self._storages[i]] == 1 for i in moved)
+        before, self._alone = self._alone, _apart(places, self._extents)
+        return bool((before[moved] & self._alone[moved]).all())
+
+
+def _apart(places: list[int], extents: np.ndarray[Any, np.dtype[np.uint64]]) -> Any:
+    """Return, for every leaf, whether its memory is part of no other leaf's."""
+    apart = np.ones(len(places), np.bool_)
+    some = np.flatnonzero(extents)
+    if some.size:
+        low = np.array(places, np.uint64)[some]
+        order = np.argsort(low, kind="stable")
+        low, high = low[order], (low + extents[some])[order]
+        clear = low[1:] >= np.maximum.accumulate(high)[:-1]
+        apart[some[order]] = np.append(True, clear) & np.append(clear, True)
+    return apart
+
+
+def _storage(value: Any) -> tuple[int, int]:
+    storage = value.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # flatten() lets no others through
@@ -208,14 +198,8 @@ def _form(value: Any) -> Any:
             kind,
         )
     if kind is np.ndarray:
-        return (value.shape, value.dtype)
+        return (value.shape, value.dtype, value.flags.c_contiguous)
     return len(value)
-
-
-def _storage(value: Bulk) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.untyped_storage().data_ptr() if value.numel() else -id(value)
-    return -id(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -223,30 +207,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _View(msgspec.Struct, gc=False):
-    """A leaf's footprint in memory while sources are being found."""
-
-    leaf: int
-    low: int  # byte addresses, or offsets from an invented base for arrays
-    high: int
-    itemsize: int
-    dtype: str
-    strides: tuple[int, ...] | None
-    source: int = -1
-    offset: int = 0
-
-
 def _make_plan(
     names: Sequence[str], values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]
-) -> Plan:
-    sources: list[Source] = []
-    keys: list[tuple[str, str, bool]] = []  # per source: device, coding dtype, late
-    views = _find_sources(values, late, sources, keys)
-
+) -> tuple[Plan, list[View]]:
+    sources, keys, views = find_sources(values, late)
     starts = [0] * len(sources)
     chunks: list[Chunk] = []
     ends = [0]
-    groups: dict[tuple[str, str, bool], list[int]] = {}
+    groups: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
         if sources[i].nbytes:
             groups.setdefault(key, []).append(i)
@@ -261,7 +229,7 @@ def _make_plan(
         start = starts[view.source] + view.offset if sources[view.source].nbytes else 0
         placements.append(_placement(value, start, view))
     lengths = tuple(end - begin for begin, end in itertools.pairwise(ends))
-    return Plan(tuple(placements), tuple(sources), tuple(chunks), lengths, ends[-1])
+    return Plan(tuple(placements), tuple(sources), tuple(chunks), lengths, ends[-1]), views
 
 
 def _cut(
@@ -294,134 +262,11 @@ def _cut(
     return total
 
 
-def _find_sources(
-    values: Sequence[Bulk],
-    late: Sequence[bool],
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-) -> list[_View]:
-    """Fill ``sources`` and ``keys``; return for every leaf which source it is in, and where."""
-    views: list[_View] = []
-    by_storage: dict[tuple[torch.device, int], list[_View]] = {}
-    seen_arrays: dict[int, _View] = {}
-    for leaf, value in enumerate(values):
-        if not isinstance(value, torch.Tensor):
-            view = seen_arrays.get(id(value))
-            if view is None:
-                view = seen_arrays[id(value)] = _add_bytes(leaf, value, sources, keys)
-            views.append(view)
-            continue
-        view = _view(leaf, value)
-        views.append(view)
-        if value.numel() == 0 or value.is_conj() or value.is_neg():
-            _add(view, value, Copy.GATHER, sources, keys, late[leaf])
-        else:
-            base = value.untyped_storage().data_ptr()
-            by_storage.setdefault((value.device, base), []).append(view)
-    for (_, base), members in by_storage.items():
-        members.sort(key=lambda view: (view.low, -view.high))
-        cluster = [members[0]]
-        high = members[0].high
-        for view in members[1:]:
-            if view.low < high:
-                cluster.append(view)
-                high = max(high, view.high)
-            else:
-                _add_cluster(cluster, base, high, values, late, sources, keys)
-                cluster, high = [view], view.high
-        _add_cluster(cluster, base, high, values, late, sources, keys)
-    return views
-
-
-def _view(leaf: int, value: torch.Tensor) -> _View:
-    low = value.data_ptr()
-    extent, strides = value.numel(), None
-    if extent and not value.is_contiguous():
-        strides = tuple(value.stride())
-        steps = zip(value.shape, strides, strict=True)
-        extent = 1 + sum((size - 1) * stride for size, stride in steps)
-    itemsize = value.element_size()
-    return _View(leaf, low, low + extent * itemsize, itemsize, dtype_name(value.dtype), strides)
-
-
-def _add(
-    view: _View,
-    value: torch.Tensor,
-    copy: Copy,
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-    late: bool,
-) -> None:
-    """Make a source of one leaf's elements in row-major order."""
-    view.strides = None
-    view.source = len(sources)
-    whole = copy is Copy.RANGE
-    sources.append(Source(view.leaf, copy, whole, 0, value.numel() * view.itemsize))
-    keys.append((str(value.device), view.dtype, late))
-
-
-def _add_cluster(
-    cluster: list[_View],
-    base: int,
-    high: int,
-    values: Sequence[Bulk],
-    late: Sequence[bool],
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-) -> None:
-    """Make one source of leaves whose address ranges overlap."""
-    first = cluster[0]
-    value = values[first.leaf]
-    assert isinstance(value, torch.Tensor)
-    is_late = all(late[view.leaf] for view in cluster)
-    same = len(cluster) == 1 or all(
-        (view.low, view.strides, view.dtype) == (first.low, first.strides, first.dtype)
-        and _shape(values[view.leaf]) == value.shape
-        for view in cluster
-    )
-    sparse = high - first.low > value.numel() * first.itemsize
-    if same and (first.strides is None or sparse):
-        copy = Copy.RANGE if first.strides is None else Copy.GATHER
-        _add(first, value, copy, sources, keys, is_late)
-        for view in cluster:
-            view.source, view.strides = first.source, None
-        return
-    low = first.low
-    dtype = first.dtype if len({view.dtype for view in cluster}) == 1 else "uint8"
-    largest = max(cluster, key=lambda view: _storage_bytes(values[view.leaf]))
-    for view in cluster:
-        view.source, view.offset = len(sources), view.low - low
-    sources.append(Source(largest.leaf, Copy.RANGE, False, low - base, high - low))
-    keys.append((str(value.device), dtype, is_late))
-
-
-def _shape(value: Bulk) -> Any:
-    assert isinstance(value, torch.Tensor)
-    return value.shape
-
-
-def _storage_bytes(value: Bulk) -> int:
-    assert isinstance(value, torch.Tensor)
-    return value.untyped_storage().nbytes()
-
-
-def _add_bytes(
-    leaf: int, value: Bulk, sources: list[Source], keys: list[tuple[str, str, bool]]
-) -> _View:
-    dtype = "uint8"
-    if isinstance(value, np.ndarray):
-        dtype = BY_NUMPY_NAME.get(value.dtype.str, dtype)
-    nbytes = value.nbytes if isinstance(value, np.ndarray) else len(value)
-    sources.append(Source(leaf, Copy.BYTES, True, 0, nbytes))
-    keys.append(("cpu", dtype, False))
-    return _View(leaf, 0, nbytes, 1, dtype, None, source=len(sources) - 1)
-
-
-def _placement(value: Bulk, start: int, view: _View) -> Placement:
+def _placement(value: Bulk, start: int, view: View) -> Placement:
     if isinstance(value, torch.Tensor):
         return Placement(
             "torch",
-            view.dtype,
+            dtype_name(value.dtype),
             tuple(value.shape),
             start,
             view.strides,
