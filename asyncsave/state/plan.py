@@ -23,7 +23,8 @@ of the 0.19 s that a save then blocked (now 0.06).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,8 @@ class Planner:
         self._fixed: Any = None
         self._forms: list[Any] = []
         self._places: list[int] = []
-        self._extents = np.empty(0, np.uint64)
+        self._arrays: dict[int, weakref.ref[Any]] = {}  # while one lives, its id is its own
+        self._lows = self._extents = np.empty(0, np.uint64)
         self._alone = np.empty(0, np.bool_)
         self._storages: list[tuple[int, tuple[int, int]]] = []
 
@@ -132,15 +134,18 @@ class Planner:
         places = []
         for i, value in enumerate(values):  # once: with many tensors, each is in no cache
             same = same and _form(value) == self._forms[i]
-            places.append(value.data_ptr() if type(value) in _TENSORS else place(value))
+            places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
         same = same and all(_storage(values[i]) == storage for i, storage in self._storages)
-        if not same or (places != self._places and not self._still_untied(places)):
+        if not same or not self._still_tied_alike(values, places):
             self._plan, views = _make_plan(flat.names, values, chunk_bytes, late)
             shared: dict[Any, Any] = {}
             self._fixed = fixed
             self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
             self._extents = np.array([view.high - view.low for view in views], np.uint64)
-            self._alone = _apart(places, self._extents)
+            self._lows = np.array([place(value) for value in values], np.uint64)
+            self._alone = _apart(self._lows, self._extents)
+            self._arrays = {}
+            self._note_arrays(values, range(len(values)))
             self._storages = [
                 (source.leaf, _storage(values[source.leaf]))
                 for source in self._plan.sources
@@ -150,25 +155,36 @@ class Planner:
         assert self._plan is not None
         return self._plan
 
-    def _still_untied(self, places: list[int]) -> bool:
+    def _still_tied_alike(self, values: Sequence[Bulk], places: list[int]) -> bool:
         """Whether every leaf that moved had its memory to itself, and has so where it is now."""
-        moved = [
-            i for i, pair in enumerate(zip(places, self._places, strict=True)) if pair[0] != pair[1]
-        ]
-        before, self._alone = self._alone, _apart(places, self._extents)
+        gone = [i for i, array in self._arrays.items() if array() is None]
+        if places == self._places and not gone:
+            return True
+        pairs = enumerate(zip(places, self._places, strict=True))
+        moved = sorted({i for i, (now, before) in pairs if now != before}.union(gone))
+        self._lows[moved] = [place(values[i]) for i in moved]
+        self._note_arrays(values, moved)
+        before, self._alone = self._alone, _apart(self._lows, self._extents)
         return bool((before[moved] & self._alone[moved]).all())
 
+    def _note_arrays(self, values: Sequence[Bulk], leaves: Iterable[int]) -> None:
+        for i in leaves:
+            value = values[i]
+            if isinstance(value, np.ndarray):
+                self._arrays[i] = weakref.ref(value)
 
-def _apart(places: list[int], extents: np.ndarray[Any, np.dtype[np.uint64]]) -> Any:
+
+_Numbers = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def _apart(lows: _Numbers, extents: _Numbers) -> Any:
     """Return, for every leaf, whether its memory is part of no other leaf's."""
-    apart = np.ones(len(places), np.bool_)
+    apart = np.ones(lows.size, np.bool_)
     some = np.flatnonzero(extents)
     if some.size:
-        low = np.array(places, np.uint64)[some]
-        order = np.argsort(low, kind="stable")
-        low, high = low[order], (low + extents[some])[order]
-        clear = low[1:] >= np.maximum.accumulate(high)[:-1]
-        apart[some[order]] = np.append(True, clear) & np.append(clear, True)
+        order = some[np.argsort(lows[some], kind="stable")]
+        clear = lows[order[1:]] >= np.maximum.accumulate(lows[order] + extents[order])[:-1]
+        apart[order] = np.append(True, clear) & np.append(clear, True)
     return apart
 
 

@@ -77,9 +77,11 @@ class View(msgspec.Struct, gc=False):
     offset: int = 0
 
 
-def place(value: np.ndarray[Any, Any] | bytes) -> int:
-    """Return where an array's memory is, or what is told apart by identity alone."""
-    if isinstance(value, np.ndarray) and value.flags.c_contiguous:
+def place(value: Bulk) -> int:
+    """Return where a leaf's memory is; for what is told from others by identity, a place of it."""
+    if isinstance(value, torch.Tensor) or (
+        isinstance(value, np.ndarray) and value.flags.c_contiguous
+    ):
         return address(value)
     return id(value)
 
