@@ -115,6 +115,15 @@ def test_a_tensor_and_its_array_are_tied(roundtrip: Roundtrip) -> None:
     assert report == {"n": 0, "slice": 12, "back": 20}
 
 
+def test_tensors_tied_to_arrays_are_on_the_device_all_the_same(tmp_path: Path) -> None:
+    t = torch.arange(12.0)
+    asyncsave.save({"t": t, "n": t.numpy(), "part": t[3:]}, tmp_path / "a").result()
+    loaded = asyncsave.load(tmp_path / "a", device="meta")
+    assert loaded["t"].device.type == loaded["part"].device.type == "meta"
+    assert loaded["t"].untyped_storage()._cdata == loaded["part"].untyped_storage()._cdata
+    assert_same(t.numpy(), loaded["n"])
+
+
 def test_what_is_tied_is_saved_once(tmp_path: Path) -> None:
     t = torch.zeros(1 << 16)
     state = {"t": t, "n": t.numpy(), "half": t.numpy()[: 1 << 15]}
