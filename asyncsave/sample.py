@@ -87,7 +87,8 @@ def sample_of_state(state: Any, most_bytes: int) -> Sample:
     snapshotter = Snapshotter(None, overlap=False)
     values: list[torch.Tensor] = []
     for chunk in _spread([chunk for chunk in plan.chunks if chunk.nbytes], most_bytes):
-        memory = torch.empty(chunk.nbytes, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
         snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
         values.append(memory.view(getattr(torch, chunk.dtype)))
     return Sample(values, plan.nbytes)
@@ -126,7 +127,9 @@ def sample_of_checkpoint(filesystem: FileSystem, path: Path, most_bytes: int) ->
             with Checkpoint.open(filesystem, each) as checkpoint:
                 pieces = [piece for whole in _extents(checkpoint) for piece in whole.cut()]
                 chosen = _spread(pieces, most_bytes)
-                memory = [torch.empty(piece.nbytes, dtype=torch.uint8) for piece in chosen]
+                memory = [
+                    torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu") for piece in chosen
+                ]
                 pairs = zip(chosen, memory, strict=True)
                 checkpoint.read([Run(at.start, at.nbytes, into.numpy()) for at, into in pairs])
                 total = sum(chunk.raw_length for chunk in checkpoint.rank.chunks)

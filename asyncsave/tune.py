@@ -189,7 +189,7 @@ class _Measuring:
         """Measure all levels, as often as there is time."""
         self.levels = [_Level(level) for level in levels]
         self._tell("the disk")
-        empty = [torch.zeros(1)]
+        empty = [torch.zeros(1, device="cpu")]
         self._empty_seconds = statistics.median(self._save(0, empty)[0] for _ in range(3))
         few = self._sample.first(0, 2 * self._encoders)
         fixed, with_few = (self._turn_seconds(values) for values in (empty, few))

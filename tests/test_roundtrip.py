@@ -223,6 +223,50 @@ def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
         asyncsave.save({"a": value}, tmp_path / "a")
 
 
+class Broken:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def state_dict(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no _x"), RuntimeError("half built"), MemoryError(), RecursionError()]
+)
+def test_an_error_in_a_foreign_state_dict_says_whose(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(asyncsave.StateError) as caught:
+        asyncsave.save({"parts": [0, {"b": Broken(error)}]}, tmp_path / "a")
+    assert caught.value.__cause__ is error
+    for word in ("'parts.1.b'", "Broken", type(error).__name__, str(error)):
+        assert word in str(caught.value)
+    with pytest.raises(asyncsave.StateError, match=r"the state itself is a .*Broken"):
+        asyncsave.save(Broken(error), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_foreign_state_dict_may_be_interrupted(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        asyncsave.save({"x": Broken(error())}, tmp_path / "a")
+
+
+@pytest.mark.parametrize("as_key", [lambda i: i, lambda i: ("x", i)])
+def test_keys_with_one_hash(tmp_path: Path, as_key: Any) -> None:
+    step = 2**61 - 1  # what Python counts hashes of numbers by
+    few = {as_key(i * step): i for i in range(64)}
+    asyncsave.save({"few": few}, tmp_path / "few").result()
+    assert asyncsave.load(tmp_path / "few")["few"] == few
+    many = {as_key(i * step): i for i in range(65)} | {str(i): i for i in range(100)}
+    with pytest.raises(asyncsave.StateError, match=r"'many'.*65 keys.*list\(value.items"):
+        asyncsave.save({"many": many}, tmp_path / "many")
+    pairs = {"many": list(many.items())}
+    asyncsave.save(pairs, tmp_path / "many").result()
+    assert asyncsave.load(tmp_path / "many") == pairs
+
+
 def test_a_container_that_holds_itself(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)

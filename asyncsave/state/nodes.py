@@ -22,6 +22,9 @@ from ..errors import FormatError, UnsupportedVersionError
 MAX_DEPTH = 64
 """Containers nested deeper than this are taken for a cycle, and refused on load too."""
 
+MAX_ONE_HASH = 64
+"""Of the keys of a dict, so many may have the same hash."""
+
 _LONGEST_NAME = 4096
 """Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
 
