@@ -223,6 +223,26 @@ def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
         asyncsave.save({"a": value}, tmp_path / "a")
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_tensors_whose_memory_was_taken_away(tmp_path: Path, early: bool) -> None:
+    x = torch.randn(100)
+    state = {"y": torch.ones(5), "part": x[30:40], "x": x, "none": torch.empty(0)}
+    for name in ("x", "part"):
+        with asyncsave.Checkpointer(tmp_path / name) as ckpt:
+            if not early:
+                ckpt.save(1, state, block=True)
+            x.untyped_storage().resize_(0)
+            lone = {"y": state["y"], name: state[name], "none": state["none"]}
+            for each in (lone, state):
+                with pytest.raises(asyncsave.StateError, match=r"'(x|part)' has no memory"):
+                    ckpt.save(2, each)
+            x.untyped_storage().resize_(400)
+            x.fill_(3)
+            ckpt.save(2, state, block=True)
+            loaded = ckpt.load()  # assert_same() would make a storage that cannot be resized
+            assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
 class Broken:
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from ..dtypes import DTYPES
+from ..errors import StateError
 from .nodes import TORCH_DTYPES
 from .sources import Key, Source, View, find_sources, place
 from .tree import Bulk, Flat
@@ -127,6 +128,9 @@ class Planner:
             flat: the state taken apart.
             chunk_bytes: longest chunk, a multiple of ALIGNMENT.
             late: for every leaf, whether its copy may be made until the fence.
+
+        Raises:
+            StateError: a tensor has no memory; it is named.
         """
         values: list[Any] = flat.values
         fixed = (chunk_bytes, list(late))
@@ -135,6 +139,8 @@ class Planner:
         for i, value in enumerate(values):  # once: with many tensors, each is in no cache
             same = same and _form(value) == self._forms[i]
             places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
+        if places and min(places) < _LOW:
+            _check_memory(flat, places)
         same = same and all(_storage(values[i]) == storage for i, storage in self._storages)
         if not same or not self._still_tied_alike(values, places):
             self._plan, views = _make_plan(flat.names, values, chunk_bytes, late)
@@ -186,6 +192,19 @@ def _apart(lows: _Numbers, extents: _Numbers) -> Any:
         clear = lows[order[1:]] >= np.maximum.accumulate(lows[order] + extents[order])[:-1]
         apart[order] = np.append(True, clear) & np.append(clear, True)
     return apart
+
+
+_LOW = 1 << 32  # no memory, and an offset of as much; of real addresses, few are below it
+
+
+def _check_memory(flat: Flat, places: list[int]) -> None:
+    for name, value, at in zip(flat.names, flat.values, places, strict=True):
+        some = at < _LOW and isinstance(value, torch.Tensor) and value.numel() > 0
+        if some and not _storage(value)[1]:
+            raise StateError(
+                f"the tensor {name!r} has no memory: its storage was resized to nothing, as "
+                "sharded training does between steps; save it while it is there, or its shards"
+            )
 
 
 def _storage(value: Any) -> tuple[int, int]:
