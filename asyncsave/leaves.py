@@ -57,11 +57,12 @@ class NewLeaves:
         """Return the leaves, by index, once the runs are filled; torch's on ``device``."""
         made: dict[int, Any] = {}
         for block in self._blocks:
-            if device.type != "cpu" and all(
-                self._tensors[i].kind == "torch" for i in block.members
-            ):
-                block.memory = block.memory.to(device)
+            host, moved = block.memory, None
             for i in block.members:
+                if device.type != "cpu" and self._tensors[i].kind == "torch":
+                    moved = block.memory = host.to(device) if moved is None else moved
+                else:  # an array: it loses its ties to tensors that are on a device
+                    block.memory = host
                 made[i] = block.value(self._tensors[i])
         return made
 

@@ -17,8 +17,9 @@ from typing import Literal
 
 from .codec.choose import AUTO_LEVEL, Compression
 from .codec.frame import Encoder
-from .errors import ConfigError
-from .snapshot.arena import Arena, available_memory
+from .errors import ConfigError, StagingError
+from .snapshot.arena import Arena
+from .snapshot.available import available_memory
 from .storage.writer import padded
 
 MemoryLimit = int | str
@@ -213,6 +214,7 @@ class Memory:
 
         Raises:
             ConfigError: the limit is too small for this state.
+            StagingError: there is not as much memory as the limit allows. Nothing is held then.
         """
         if (groups, pin) == self._fitted:
             return False
@@ -225,16 +227,27 @@ class Memory:
         )
         if replace:
             self.close()
-            self.budget = budget
-            self.slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
-            if budget.frames:
-                self.frames = Arena(budget.slot_bytes, budget.frames)
-                setting = self._compression or Compression(AUTO_LEVEL)
-                for _ in range(budget.encoders):
-                    encoder = Encoder(setting.level, budget.slot_bytes, setting.byte_planes)
-                    self.encoders.put(encoder)
+            try:
+                self._take(budget, pin=pin)
+            except (OSError, MemoryError) as cause:
+                self.close()
+                raise StagingError(
+                    f"the system does not give the {budget.total_bytes} bytes of memory that "
+                    f"saving this state was to take (memory_limit={self._limit!r}): {cause}; lower "
+                    "memory_limit, or raise what limits the process (ulimit -v, ulimit -d)"
+                ) from cause
         self._fitted = groups, pin
         return replace
+
+    def _take(self, budget: Budget, *, pin: bool) -> None:
+        self.budget = budget
+        self.slots = Arena(budget.slot_bytes, budget.slots, pin=pin)
+        if budget.frames:
+            self.frames = Arena(budget.slot_bytes, budget.frames)
+            setting = self._compression or Compression(AUTO_LEVEL)
+            for _ in range(budget.encoders):
+                encoder = Encoder(setting.level, budget.slot_bytes, setting.byte_planes)
+                self.encoders.put(encoder)
 
     def close(self) -> None:
         """Give everything back to the system."""

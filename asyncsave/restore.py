@@ -23,7 +23,8 @@ from .errors import (
 )
 from .leaves import NewLeaves, fill_run
 from .match import Match, show
-from .snapshot.arena import Bytes, available_memory
+from .snapshot.arena import Bytes
+from .snapshot.available import available_memory
 from .state.nodes import (
     bulk_indices,
     select,

@@ -87,7 +87,8 @@ def sample_of_state(state: Any, most_bytes: int) -> Sample:
     snapshotter = Snapshotter(None, overlap=False)
     values: list[torch.Tensor] = []
     for chunk in _spread([chunk for chunk in plan.chunks if chunk.nbytes], most_bytes):
-        memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
+        with torch.inference_mode(False):
+            memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
         snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
         values.append(memory.view(getattr(torch, chunk.dtype)))
     return Sample(values, plan.nbytes)

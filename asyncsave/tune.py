@@ -32,7 +32,7 @@ from .memory import CHUNK_BYTES, encoder_threads
 from .pipeline import Pipeline
 from .report import TuneReport, TuneRow
 from .sample import Sample, sample_of_checkpoint, sample_of_state
-from .snapshot.arena import available_memory
+from .snapshot.available import available_memory
 from .state.plan import dtype_name
 from .storage.commit import Draft, begin, discard
 from .storage.filesystem import FileSystem, LocalFileSystem
@@ -184,7 +184,7 @@ class _Measuring:
         """Measure all levels, as often as there is time."""
         self.levels = [_Level(level) for level in levels]
         self._tell("the disk")
-        empty = [torch.zeros(1)]
+        empty = [torch.zeros(1, device="cpu")]
         self._empty_seconds = statistics.median(self._save(0, empty)[0] for _ in range(3))
         few = self._sample.first(0, 2 * self._encoders)
         fixed, with_few = (self._turn_seconds(values) for values in (empty, few))

@@ -24,19 +24,16 @@ import numpy as np
 import torch
 
 import asyncsave
+from asyncsave.dtypes import DTYPES
+from asyncsave.state import nodes
 
 from .support import bits
 
 GOLDEN = Path(__file__).parent / "golden"
 
-TORCH_DTYPES = sorted(
-    {
-        value
-        for value in vars(torch).values()
-        if isinstance(value, torch.dtype) and not str(value).startswith(("torch.q",))
-    },
-    key=str,
-)
+TORCH_DTYPES = [dtype for name, dtype in sorted(nodes.TORCH_DTYPES.items()) if name in DTYPES]
+
+_LATER_THAN_2_6 = {"float8_e8m0fnu", "float4_e2m1fn_x2", "bcomplex32"}
 
 # how NumPy shows elements of the dtypes that it has; of the others it has the bits
 _NUMPY = {
@@ -245,7 +242,7 @@ def dtypes() -> Any:
         return {
             str(dtype): view_of(storage, dtype, (3, 16 // dtype.itemsize))
             for dtype in TORCH_DTYPES
-            if str(dtype) not in ("torch.float8_e8m0fnu", "torch.float4_e2m1fn_x2")  # of 2.7, 2.8
+            if str(dtype).removeprefix("torch.") not in _LATER_THAN_2_6
         } | {"column": view_of(storage, torch.int16, (3, 8))[:, 3], "bool": torch.tensor([True])}
 
 

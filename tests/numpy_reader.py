@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_128_hexdigest as digest
 
-BITS = {"bool": "?", "bfloat16": "<u2", "bits16": "<u2", "complex32": "<u4"}
+BITS = {"bool": "?", "bfloat16": "<u2", "bits16": "<u2", "complex32": "<u4", "bcomplex32": "<u4"}
 BYTE = re.compile(r"u?int[1-7]|bits(8|\dx\d)|float8_\w+|float4_\w+")
 
 

@@ -18,6 +18,7 @@ MODULES = sorted(path for path in HOUSE.rglob("*.py"))
 ORDER = [
     "_version",
     "errors",
+    "dtypes",
     "report",
     "state",
     "snapshot",
@@ -51,7 +52,7 @@ UNPURE = {"threading", "os", "time", "asyncio", "pathlib", "io", "socket", "temp
 ONLY_IN = {
     "aiofiles": ["storage/filesystem.py"],
     "zstandard": ["codec/zstd.py"],
-    "psutil": ["snapshot/arena.py"],
+    "psutil": ["snapshot/available.py"],
     "pickle": [],
     "shelve": [],
     "marshal": [],

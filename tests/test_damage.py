@@ -442,7 +442,7 @@ def test_every_bit_flipped(patient: Patient, bit: int) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_every_byte_of_a_golden_checkpoint_flipped(tmp_path: Path, name: str) -> None:
     shutil.copytree(GOLDEN / name, tmp_path / "a")
     patient = Patient(tmp_path / "a", asyncsave.load(tmp_path / "a"))

@@ -192,7 +192,7 @@ def from_the_schema(examples: int) -> Any:
     return run, loaded
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_records_of_the_schema(scratch: Path) -> None:
     run, loaded = from_the_schema(400)
     run(scratch)
@@ -201,7 +201,7 @@ def test_records_of_the_schema(scratch: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_many_records_of_the_schema(scratch: Path) -> None:
     run, _ = from_the_schema(10_000)
     run(scratch)
@@ -282,7 +282,7 @@ def run_mutants(scratch: Path, seeds: range) -> list[int]:
     return loaded
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_mutated_golden_checkpoints(scratch: Path) -> None:
     loaded = run_mutants(scratch, range(50))
     assert min(loaded) > 20, loaded
@@ -290,6 +290,6 @@ def test_mutated_golden_checkpoints(scratch: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_many_mutated_golden_checkpoints(scratch: Path) -> None:
     run_mutants(scratch, range(50, 4000))

@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import asyncsave
+from asyncsave.dtypes import DTYPES as DTYPES_KNOWN
+from asyncsave.state import nodes, tree
 from asyncsave.state.tree import flatten
 
 from .strategies import DTYPES, from_bits, states
@@ -73,10 +75,16 @@ def test_every_dtype_with_every_bit_pattern(saver: Any, dtype: torch.dtype) -> N
     assert_same(lone, saver(lone))
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
-def test_complex32(saver: Any) -> None:
-    tensor = from_bits(bytes(range(64)), torch.complex32, (4, 4))
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
+@pytest.mark.parametrize("name", ["complex32", "bcomplex32"])
+def test_complex_numbers_of_two_halves(saver: Any, name: str) -> None:
+    if name not in nodes.TORCH_DTYPES:
+        pytest.skip(f"this torch has no {name}")
+    dtype = nodes.TORCH_DTYPES[name]
+    tensor = from_bits(bytes(range(64)), dtype, (4, 4))
     assert_same({"x": tensor}, saver({"x": tensor}))
+    state = {"t": tensor.t(), "column": tensor[:, 1], "z": tensor}
+    assert_same(state, saver(state))
 
 
 def test_sub_byte_dtypes(saver: Any) -> None:
@@ -179,11 +187,104 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, value: Any, says: str) ->
     assert not (tmp_path / "a").exists()
 
 
+def test_a_dtype_that_the_table_lacks_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tree._KNOWN
+    with monkeypatch.context() as older:
+        older.setattr(tree, "_KNOWN", known - {torch.bfloat16})
+        with pytest.raises(asyncsave.StateError, match=r"'a.x' has dtype torch.bfloat16.*view"):
+            asyncsave.save({"a": {"x": torch.ones(2).bfloat16()}}, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    asyncsave.save({"x": torch.ones(2).bfloat16()}, tmp_path / "a").result()
+    monkeypatch.delitem(DTYPES_KNOWN, "bfloat16")
+    with pytest.raises(asyncsave.UnsupportedVersionError, match="bfloat16, which this asyncsave"):
+        asyncsave.load(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_dtype_of_this_torch_is_saved_or_refused_by_name(tmp_path: Path) -> None:
+    for name, dtype in nodes.TORCH_DTYPES.items():
+        if name.startswith("q"):
+            continue  # quantized: see below
+        state = {"x": from_bits(bytes(range(16)), dtype, (1,))}
+        if name in DTYPES_KNOWN:
+            asyncsave.save(state, tmp_path / name).result()
+            assert asyncsave.load(tmp_path / name)["x"].dtype is dtype
+        else:
+            with pytest.raises(asyncsave.StateError, match=f"'x' has dtype {dtype}"):
+                asyncsave.save(state, tmp_path / name)
+
+
 @pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     value = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
     with pytest.raises(asyncsave.StateError, match="'a' is quantized"):
         asyncsave.save({"a": value}, tmp_path / "a")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_tensors_whose_memory_was_taken_away(tmp_path: Path, early: bool) -> None:
+    x = torch.randn(100)
+    state = {"y": torch.ones(5), "part": x[30:40], "x": x, "none": torch.empty(0)}
+    for name in ("x", "part"):
+        with asyncsave.Checkpointer(tmp_path / name) as ckpt:
+            if not early:
+                ckpt.save(1, state, block=True)
+            x.untyped_storage().resize_(0)
+            lone = {"y": state["y"], name: state[name], "none": state["none"]}
+            for each in (lone, state):
+                with pytest.raises(asyncsave.StateError, match=r"'(x|part)' has no memory"):
+                    ckpt.save(2, each)
+            x.untyped_storage().resize_(400)
+            x.fill_(3)
+            ckpt.save(2, state, block=True)
+            loaded = ckpt.load()  # assert_same() would make a storage that cannot be resized
+            assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+class Broken:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def state_dict(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no _x"), RuntimeError("half built"), MemoryError(), RecursionError()]
+)
+def test_an_error_in_a_foreign_state_dict_says_whose(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(asyncsave.StateError) as caught:
+        asyncsave.save({"parts": [0, {"b": Broken(error)}]}, tmp_path / "a")
+    assert caught.value.__cause__ is error
+    for word in ("'parts.1.b'", "Broken", type(error).__name__, str(error)):
+        assert word in str(caught.value)
+    with pytest.raises(asyncsave.StateError, match=r"the state itself is a .*Broken"):
+        asyncsave.save(Broken(error), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_foreign_state_dict_may_be_interrupted(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        asyncsave.save({"x": Broken(error())}, tmp_path / "a")
+
+
+@pytest.mark.parametrize("as_key", [lambda i: i, lambda i: ("x", i)])
+def test_keys_with_one_hash(tmp_path: Path, as_key: Any) -> None:
+    step = 2**61 - 1  # what Python counts hashes of numbers by
+    few = {as_key(i * step): i for i in range(64)}
+    asyncsave.save({"few": few}, tmp_path / "few").result()
+    assert asyncsave.load(tmp_path / "few")["few"] == few
+    many = {as_key(i * step): i for i in range(65)} | {str(i): i for i in range(100)}
+    with pytest.raises(asyncsave.StateError, match=r"'many'.*65 keys.*list\(value.items"):
+        asyncsave.save({"many": many}, tmp_path / "many")
+    pairs = {"many": list(many.items())}
+    asyncsave.save(pairs, tmp_path / "many").result()
+    assert asyncsave.load(tmp_path / "many") == pairs
 
 
 def test_a_container_that_holds_itself(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,135 @@ def test_memory_limit_at_a_tenth_of_the_state_is_kept(tmp_path: Path, level: int
 def test_a_limit_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(asyncsave.ConfigError, match="takes at least"):
         asyncsave.save({"x": torch.zeros(1 << 20)}, tmp_path / "a", memory_limit=10_000)
+
+
+WITHOUT_MEMORY = """
+import os, resource, sys, threading, torch, asyncsave
+from pathlib import Path
+run = Path(sys.argv[1])
+compression = "off" if sys.argv[2] == "off" else int(sys.argv[2])
+state = {"x": torch.randn(64 << 20)}                                            # 256 MiB
+asyncsave.save({"x": torch.ones(9)}, run / "warm").result()
+with asyncsave.Checkpointer(run / "run", compression=compression, memory_limit=1 << 29) as ckpt:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    space = pages * os.sysconf("SC_PAGE_SIZE") + (96 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (space, resource.RLIM_INFINITY))
+    for _ in range(2):
+        try:
+            ckpt.save(1, state)
+        except asyncsave.StagingError as error:
+            assert "bytes of memory" in str(error) and "memory_limit" in str(error), error
+            assert isinstance(error.__cause__, (OSError, MemoryError))
+        else:
+            raise AssertionError("there was memory")
+    assert [path.name for path in (run / "run").glob("*step*")] == []
+    assert ckpt._pipeline._memory.nbytes == 0
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    ckpt.save(1, state).result()
+assert torch.equal(asyncsave.load(run / "run")["x"], state["x"])
+"""
+
+
+@pytest.mark.parametrize("compression", ["off", "1"])
+def test_memory_that_the_system_does_not_give(tmp_path: Path, compression: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY, str(tmp_path), compression],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+# -- modes of torch that a program may be in ------------------------------------------------------
+
+
+def saved_in(mode: Any, ckpt: asyncsave.Checkpointer, step: int, make: Any) -> None:
+    """Save under ``mode`` what is made there; it is as it was in what was saved."""
+    with mode:
+        state = make()
+        ckpt.save(step, state, block=True)
+        before = [tensor.clone() for tensor in tensors_of(state)]
+    assert_same(before, tensors_of(ckpt.load(step=step)))
+
+
+@pytest.mark.parametrize("compression", ["off", 1])
+@pytest.mark.parametrize("first_is_inference", [True, False])
+def test_saves_in_and_out_of_inference_mode(
+    tmp_path: Path, first_is_inference: bool, compression: Any
+) -> None:
+    outside = {
+        "a": torch.randn(100, 7),
+        "columns": torch.randn(9, 9)[:, ::2],
+        "views": [torch.arange(30)[:20], torch.arange(12).view(3, 4).t()],
+        "bits": torch.randn(5).to(torch.float8_e5m2),
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+    }
+    outside["tied"] = outside["a"][3:]
+    with asyncsave.Checkpointer(tmp_path, compression=compression, durable=False) as ckpt:
+        for step in range(4):
+            inside = (step % 2 == 0) == first_is_inference
+            saved_in(torch.inference_mode(inside), ckpt, step, lambda: outside)
+        with torch.inference_mode():
+            made_inside = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in outside.items()
+            }
+            made_inside["view"] = made_inside["a"][5:]
+            assert made_inside["a"].is_inference()
+        for step in range(4, 8):
+            saved_in(torch.inference_mode(step % 2 == 0), ckpt, step, lambda: made_inside)
+
+
+@pytest.mark.parametrize("first_is_inference", [True, False])
+def test_prewarmed_in_and_out_of_inference_mode(tmp_path: Path, first_is_inference: bool) -> None:
+    state = training_state()
+    with asyncsave.Checkpointer(tmp_path, durable=False) as ckpt:
+        with torch.inference_mode(first_is_inference):
+            ckpt.prewarm(state)
+        saved_in(torch.inference_mode(not first_is_inference), ckpt, 1, lambda: state)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def meta_by_default() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("default", ["meta_by_default", "float64_by_default", "meta_for_now"])
+def test_defaults_of_torch_change_nothing(
+    tmp_path: Path, default: str, request: pytest.FixtureRequest
+) -> None:
+    state = training_state() | {
+        "strided": torch.randn(6, 7)[:, ::3],
+        "views": [torch.arange(30)[:20], torch.arange(12).view(3, 4).t()],
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+        "array": np.arange(12.0).reshape(3, 4).T,
+        "rng": asyncsave.RngState(),
+    }
+    state["tied"] = state["strided"][1:]
+    before = [tensor.clone() for tensor in tensors_of(state)]
+    mode: Any = contextlib.nullcontext()
+    if default == "meta_for_now":
+        mode = torch.device("meta")
+    else:
+        request.getfixturevalue(default)
+    with mode, asyncsave.Checkpointer(tmp_path, compression=1, durable=False) as ckpt:
+        ckpt.prewarm(state)
+        for step in range(2):
+            ckpt.save(step, state, block=True)
+        tune = asyncsave.tune(state, directory=tmp_path, levels=[0, 1], seconds=0.2)
+    assert tune.rows
+    torch.set_default_device(None)  # type: ignore[arg-type]
+    assert_same(before, tensors_of(asyncsave.load(tmp_path)))
 
 
 # -- late copies, through a device that is only pretended -----------------------------------------

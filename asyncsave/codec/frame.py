@@ -22,28 +22,13 @@ from asyncsave.codec.planes import (
     views,
 )
 from asyncsave.codec.zstd import Compressor, Decompressor
+from asyncsave.dtypes import DTYPES
 
 # Many short pieces, since what compresses (rows never trained, padding) comes in long stretches.
 _SAMPLE_PIECES: Final = 16
 _SAMPLE_BYTES: Final = 32 << 10
 # 3 %: decoding a plane costs more than reading the few bytes that less would save.
 _SAMPLE_LIMIT_BYTES: Final = _SAMPLE_BYTES * 97 // 100
-
-_CODING_FOR: Final = {
-    "bfloat16": "exp16.0",
-    "float32": "exp32.0",
-    "complex64": "exp32.0",
-    "float16": "bytes2",
-    "int16": "bytes2",
-    "uint16": "bytes2",
-    "complex32": "bytes2",
-    "int32": "bytes4",
-    "uint32": "bytes4",
-    "float64": "bytes8",
-    "int64": "bytes8",
-    "uint64": "bytes8",
-    "complex128": "bytes8",
-}
 
 
 def coding_for(dtype_name: str, byte_planes: bool) -> str:
@@ -56,7 +41,7 @@ def coding_for(dtype_name: str, byte_planes: bool) -> str:
     Returns:
         What to give to `Encoder.encode`, which returns the id to store.
     """
-    return _CODING_FOR.get(dtype_name, "zstd") if byte_planes else "zstd"
+    return DTYPES[dtype_name].coding if byte_planes else "zstd"
 
 
 class Encoder:

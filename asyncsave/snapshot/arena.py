@@ -17,11 +17,9 @@ import mmap
 import threading
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 PAGE_BYTES = 4096
@@ -169,9 +167,10 @@ class Arena:
     def _make(self, index: int) -> Slot:
         assert self._memory is not None
         start = index * self.slot_bytes
-        tensor = torch.frombuffer(
-            self._memory, dtype=torch.uint8, offset=start, count=self.slot_bytes
-        )
+        with torch.inference_mode(False):  # a slot serves saves outside of it, too
+            tensor = torch.frombuffer(
+                self._memory, dtype=torch.uint8, offset=start, count=self.slot_bytes
+            )
         if self._pin:
             self._register(tensor)
         self.allocated += 1
@@ -193,15 +192,3 @@ class Arena:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def available_memory() -> int:
-    """Return how many bytes this process can still take: the machine's, or its container's."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group: psutil's figure stands
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            available = min(available, max(0, int(limit) - used))
-    return available

@@ -7,35 +7,27 @@ plan holds, and torch's own threads do the copying without the GIL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from ..dtypes import DTYPES
 from ..errors import StagingError
-from ..state.plan import Chunk, Copy, Piece, Plan, Source
+from ..state.nodes import TORCH_DTYPES
+from ..state.plan import Chunk, Piece, Plan
+from ..state.sources import Copy, Source, address
 from ..state.tree import Bulk, Flat
 from .arena import Slot
 from .fence import Event, LateCopies, Transport
 
 _COPIED_AS_THEY_ARE = frozenset(
-    {
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.complex64,
-        torch.complex128,
-        torch.uint8,
-        torch.int8,
-    }
+    dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES and DTYPES[name].exact
 )
-"""dtypes whose ``copy_`` is known to keep every bit; all others are copied as integers."""
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The dtype of the same width, in bytes, whose copies are plain moves."""
@@ -118,9 +110,10 @@ class Snapshotter:
         if plan is not self._plan:
             self._plan, self._bound = plan, {}
         try:
-            with torch.no_grad():
+            # views of slots outlive the caller's inference mode, and must not be bound to it
+            with torch.inference_mode(False), torch.no_grad():
                 return self._stage(flat, plan, chunk, slot, late)
-        except (RuntimeError, ValueError) as cause:
+        except (RuntimeError, ValueError, MemoryError) as cause:
             names = ", ".join(flat.names[plan.sources[p.source].leaf] for p in chunk.pieces[:3])
             raise StagingError(f"could not copy {names} … out of live memory: {cause}") from cause
 
@@ -203,15 +196,11 @@ def _pairs(
     """Yield the copies that bring one piece into a slot."""
     value = values[source.leaf]
     run = slot.tensor[piece.offset : piece.offset + piece.stop - piece.start]
-    if not isinstance(value, torch.Tensor):
+    if source.copy is Copy.RANGE:
+        yield run, _memory(value, source.offset + piece.start, piece.stop - piece.start)
+    elif not isinstance(value, torch.Tensor):
         # NumPy itself: torch would warn about arrays that are read-only
-        run.numpy()[:] = _array_bytes(value)[piece.start : piece.stop]
-    elif source.copy is Copy.RANGE:
-        first = (
-            int(value.storage_offset()) * value.element_size() if source.whole else source.offset
-        )
-        alias = byte_alias(value, first + piece.start, piece.stop - piece.start)
-        yield run, alias
+        _copy_bytes(value, piece.start, piece.stop, run.numpy())
     else:
         # a pending conjugation or negation is carried out by copy_, which needs the real dtype
         if value.dtype not in _COPIED_AS_THEY_ARE and not (value.is_conj() or value.is_neg()):
@@ -223,10 +212,16 @@ def _pairs(
             done += nbytes
 
 
-def _array_bytes(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if isinstance(value, bytes):
-        return np.frombuffer(value, dtype=np.uint8)
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+def _memory(value: Bulk, offset: int, nbytes: int) -> torch.Tensor:
+    """Return ``nbytes`` of memory from ``offset`` bytes behind the first element of a leaf."""
+    if isinstance(value, torch.Tensor):
+        first = int(value.storage_offset()) * value.element_size() + offset
+        if not value.is_cpu or (0 <= first <= value.untyped_storage().nbytes() - nbytes):
+            return byte_alias(value, first, nbytes)
+    # other storages, or arrays, reach further: the leaves in the range are all of it, see sources
+    data = (address(value) + offset, False)
+    raw = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": data}
+    return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=raw)))
 
 
 def byte_alias(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
@@ -235,23 +230,58 @@ def byte_alias(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
     return alias.set_(tensor.untyped_storage(), offset, (nbytes,), (1,))
 
 
-def _boxes(tensor: torch.Tensor, first: int, stop: int) -> Iterator[torch.Tensor]:
+def _copy_bytes(
+    value: np.ndarray[Any, Any] | bytes, start: int, stop: int, out: np.ndarray[Any, Any]
+) -> None:
+    """Copy the bytes ``start`` to ``stop`` of a value, elements in row-major order."""
+    if isinstance(value, bytes):
+        value = np.frombuffer(value, np.uint8)
+    if value.flags.c_contiguous:
+        out[:] = value.reshape(-1).view(np.uint8)[start:stop]
+        return
+    width, at = value.itemsize, start
+    while at < stop:
+        first, done = divmod(at, width)
+        if done or stop - at < width:  # chunks may cut elements whose width is no power of two
+            element = np.empty(width, np.uint8)
+            _copy_elements(value, first, first + 1, element)
+            take = min(width - done, stop - at)
+            out[at - start :][:take] = element[done : done + take]
+        else:
+            take = (stop - at) // width * width
+            _copy_elements(value, first, first + take // width, out[at - start :][:take])
+        at += take
+
+
+def _copy_elements(
+    value: np.ndarray[Any, Any], first: int, stop: int, out: np.ndarray[Any, Any]
+) -> None:
+    done = 0
+    for box in _boxes(value, first, stop):
+        out[done : done + box.nbytes].view(value.dtype).reshape(box.shape)[...] = box
+        done += box.nbytes
+
+
+_Box = TypeVar("_Box", torch.Tensor, np.ndarray[Any, Any])
+
+
+def _boxes(value: _Box, first: int, stop: int) -> Iterator[_Box]:
     """Yield views that together are the elements ``first`` to ``stop`` in row-major order."""
-    if tensor.dim() == 0:
-        yield tensor
+    if not value.shape:
+        yield value
         return
-    if tensor.dim() == 1:
-        yield tensor[first:stop]
+    if len(value.shape) == 1:
+        yield value[first:stop]
         return
-    row = tensor[0].numel()
+    row = math.prod(value.shape[1:])
     top, bottom = first // row, stop // row
     if top == bottom:
-        yield from _boxes(tensor[top], first - top * row, stop - top * row)
+        yield from _boxes(value[top], first - top * row, stop - top * row)
         return
     if first % row:
-        yield from _boxes(tensor[top], first - top * row, row)
+        yield from _boxes(value[top], first - top * row, row)
         top += 1
     if bottom > top:
-        yield tensor[top:bottom]
+        yield value[top:bottom]
     if stop % row:
-        yield from _boxes(tensor[bottom], 0, stop - bottom * row)
+        yield from _boxes(value[bottom], 0, stop - bottom * row)

@@ -22,6 +22,9 @@ from ..errors import FormatError, UnsupportedVersionError
 MAX_DEPTH = 64
 """Containers nested deeper than this are taken for a cycle, and refused on load too."""
 
+MAX_ONE_HASH = 64
+"""Of the keys of a dict, so many may have the same hash."""
+
 _LONGEST_NAME = 4096
 """Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
 
@@ -31,11 +34,12 @@ _HEX_INT = re.compile("-?[0-9a-f]+")
 _NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm][0-9]{1,10}(\[[0-9]{0,10}[A-Za-z]{1,2}\])?")
 
 # Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
+"""Those of this torch, by name; some cannot be the dtype of what is saved, see dtypes.py."""
 
 
 class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):
@@ -184,8 +188,8 @@ def plain(node: Node) -> Any:
 
 
 def _torch_dtype(name: str) -> torch.dtype:
-    if name in _TORCH_DTYPES:
-        return _TORCH_DTYPES[name]
+    if name in TORCH_DTYPES:
+        return TORCH_DTYPES[name]
     if not name.isidentifier() or len(name) > 40:
         raise FormatError(f"the checkpoint names the dtype {name!r:.40}, which is no name of one")
     raise UnsupportedVersionError(

@@ -10,10 +10,7 @@ so a chunk is a slice of one large tensor, or many small tensors, or both, and n
 20,000 small tensors are as many chunks as their bytes need. A chunk holds one element type, because
 coding depends on it, and one kind of staging.
 
-Leaves that share memory are found by their address ranges: ranges of one storage that overlap
-become one *source*, saved once, and the leaves are views into it. A reader sees ties in the same
-way, as leaves whose addresses overlap. A view that does not cover its own range (``x[:, ::2]``) is
-saved as its elements alone unless it is tied to something.
+What each leaf's bytes are read from, and which leaves share it, is found by sources.py.
 
 Plans hold no tensors. A plan is valid as long as the signature of the leaves is the same, so the
 second save of the same training state costs one comparison. Pure: no threads, no files, no clock.
@@ -25,10 +22,9 @@ of the 0.19 s that a save then blocked (now 0.06).
 
 from __future__ import annotations
 
-import collections
-import enum
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,36 +32,14 @@ import msgspec
 import numpy as np
 import torch
 
+from ..dtypes import DTYPES
+from ..errors import StateError
+from .nodes import TORCH_DTYPES
+from .sources import Key, Source, View, find_sources, place
 from .tree import Bulk, Flat
 
 ALIGNMENT = 16
 """Every chunk length is cut at a multiple of this, the largest element size of torch, in bytes."""
-
-
-class Copy(enum.Enum):
-    """How a source's bytes are read."""
-
-    RANGE = enum.auto()  # one run of memory
-    GATHER = enum.auto()  # a strided tensor, element by element in row-major order
-    BYTES = enum.auto()  # a NumPy array or bytes
-
-
-class Source(msgspec.Struct, frozen=True, gc=False):
-    """One run of the address space that is read from one place.
-
-    Attributes:
-        leaf: the number of a leaf through which the memory is reached.
-        copy: how.
-        whole: the source is exactly this leaf, and contiguous.
-        offset: for a RANGE that is not whole, where it begins in the leaf's storage, in bytes.
-        nbytes: its length.
-    """
-
-    leaf: int
-    copy: Copy
-    whole: bool
-    offset: int
-    nbytes: int
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -142,7 +116,10 @@ class Planner:
         self._fixed: Any = None
         self._forms: list[Any] = []
         self._places: list[int] = []
-        self._storages: list[int] = []
+        self._arrays: dict[int, weakref.ref[Any]] = {}  # while one lives, its id is its own
+        self._lows = self._extents = np.empty(0, np.uint64)
+        self._alone = np.empty(0, np.bool_)
+        self._storages: list[tuple[int, tuple[int, int]]] = []
 
     def plan(self, flat: Flat, chunk_bytes: int, late: Sequence[bool]) -> Plan:
         """Return the plan for these leaves: the last one, where it still holds.
@@ -151,6 +128,9 @@ class Planner:
             flat: the state taken apart.
             chunk_bytes: longest chunk, a multiple of ALIGNMENT.
             late: for every leaf, whether its copy may be made until the fence.
+
+        Raises:
+            StateError: a tensor has no memory; it is named.
         """
         values: list[Any] = flat.values
         fixed = (chunk_bytes, list(late))
@@ -159,34 +139,83 @@ class Planner:
         for i, value in enumerate(values):  # once: with many tensors, each is in no cache
             same = same and _form(value) == self._forms[i]
             places.append(value.data_ptr() if type(value) in _TENSORS else id(value))
-        if not same or (places != self._places and not self._still_untied(values, places)):
-            self._plan = _make_plan(flat.names, values, chunk_bytes, late)
+        if places and min(places) < _LOW:
+            _check_memory(flat, places)
+        same = same and all(_storage(values[i]) == storage for i, storage in self._storages)
+        if not same or not self._still_tied_alike(values, places):
+            self._plan, views = _make_plan(flat.names, values, chunk_bytes, late)
             shared: dict[Any, Any] = {}
             self._fixed = fixed
             self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
-            self._storages = [_storage(value) for value in values]
+            self._extents = np.array([view.high - view.low for view in views], np.uint64)
+            self._lows = np.array([place(value) for value in values], np.uint64)
+            self._alone = _apart(self._lows, self._extents)
+            self._arrays = {}
+            self._note_arrays(values, range(len(values)))
+            self._storages = [
+                (source.leaf, _storage(values[source.leaf]))
+                for source in self._plan.sources
+                if source.in_storage
+            ]
         self._places = places
         assert self._plan is not None
         return self._plan
 
-    def _still_untied(self, values: Sequence[Bulk], places: list[int]) -> bool:
-        """Whether every leaf that moved was alone in its storage, and is so where it is now."""
-        assert self._plan is not None
-        moved = [
-            i for i, pair in enumerate(zip(places, self._places, strict=True)) if pair[0] != pair[1]
-        ]
-        before = collections.Counter(self._storages)
-        alone = {source.leaf for source in self._plan.sources if source.whole}
-        if any(before[self._storages[i]] != 1 or i not in alone for i in moved):
-            return False
-        for i in moved:
-            self._storages[i] = _storage(values[i])
-        after = collections.Counter(self._storages)
-        return all(after[self._storages[i]] == 1 for i in moved)
+    def _still_tied_alike(self, values: Sequence[Bulk], places: list[int]) -> bool:
+        """Whether every leaf that moved had its memory to itself, and has so where it is now."""
+        gone = [i for i, array in self._arrays.items() if array() is None]
+        if places == self._places and not gone:
+            return True
+        pairs = enumerate(zip(places, self._places, strict=True))
+        moved = sorted({i for i, (now, before) in pairs if now != before}.union(gone))
+        self._lows[moved] = [place(values[i]) for i in moved]
+        self._note_arrays(values, moved)
+        before, self._alone = self._alone, _apart(self._lows, self._extents)
+        return bool((before[moved] & self._alone[moved]).all())
+
+    def _note_arrays(self, values: Sequence[Bulk], leaves: Iterable[int]) -> None:
+        for i in leaves:
+            value = values[i]
+            if isinstance(value, np.ndarray):
+                self._arrays[i] = weakref.ref(value)
+
+
+_Numbers = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def _apart(lows: _Numbers, extents: _Numbers) -> Any:
+    """Return, for every leaf, whether its memory is part of no other leaf's."""
+    apart = np.ones(lows.size, np.bool_)
+    some = np.flatnonzero(extents)
+    if some.size:
+        order = some[np.argsort(lows[some], kind="stable")]
+        clear = lows[order[1:]] >= np.maximum.accumulate(lows[order] + extents[order])[:-1]
+        apart[order] = np.append(True, clear) & np.append(clear, True)
+    return apart
+
+
+_LOW = 1 << 32  # no memory, and an offset of as much; of real addresses, few are below it
+
+
+def _check_memory(flat: Flat, places: list[int]) -> None:
+    for name, value, at in zip(flat.names, flat.values, places, strict=True):
+        some = at < _LOW and isinstance(value, torch.Tensor) and value.numel() > 0
+        if some and not _storage(value)[1]:
+            raise StateError(
+                f"the tensor {name!r} has no memory: its storage was resized to nothing, as "
+                "sharded training does between steps; save it while it is there, or its shards"
+            )
+
+
+def _storage(value: Any) -> tuple[int, int]:
+    storage = value.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # flatten() lets no others through
-_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_COMPLEX = frozenset(
+    dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES and DTYPES[name].complex
+)
 
 
 def _form(value: Any) -> Any:
@@ -204,14 +233,8 @@ def _form(value: Any) -> Any:
             kind,
         )
     if kind is np.ndarray:
-        return (value.shape, value.dtype)
+        return (value.shape, value.dtype, value.flags.c_contiguous)
     return len(value)
-
-
-def _storage(value: Bulk) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.untyped_storage().data_ptr() if value.numel() else -id(value)
-    return -id(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -219,30 +242,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _View(msgspec.Struct, gc=False):
-    """A leaf's footprint in memory while sources are being found."""
-
-    leaf: int
-    low: int  # byte addresses, or offsets from an invented base for arrays
-    high: int
-    itemsize: int
-    dtype: str
-    strides: tuple[int, ...] | None
-    source: int = -1
-    offset: int = 0
-
-
 def _make_plan(
     names: Sequence[str], values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]
-) -> Plan:
-    sources: list[Source] = []
-    keys: list[tuple[str, str, bool]] = []  # per source: device, coding dtype, late
-    views = _find_sources(values, late, sources, keys)
-
+) -> tuple[Plan, list[View]]:
+    sources, keys, views = find_sources(values, late)
     starts = [0] * len(sources)
     chunks: list[Chunk] = []
     ends = [0]
-    groups: dict[tuple[str, str, bool], list[int]] = {}
+    groups: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
         if sources[i].nbytes:
             groups.setdefault(key, []).append(i)
@@ -257,7 +264,7 @@ def _make_plan(
         start = starts[view.source] + view.offset if sources[view.source].nbytes else 0
         placements.append(_placement(value, start, view))
     lengths = tuple(end - begin for begin, end in itertools.pairwise(ends))
-    return Plan(tuple(placements), tuple(sources), tuple(chunks), lengths, ends[-1])
+    return Plan(tuple(placements), tuple(sources), tuple(chunks), lengths, ends[-1]), views
 
 
 def _cut(
@@ -290,149 +297,11 @@ def _cut(
     return total
 
 
-def _find_sources(
-    values: Sequence[Bulk],
-    late: Sequence[bool],
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-) -> list[_View]:
-    """Fill ``sources`` and ``keys``; return for every leaf which source it is in, and where."""
-    views: list[_View] = []
-    by_storage: dict[tuple[torch.device, int], list[_View]] = {}
-    seen_arrays: dict[int, _View] = {}
-    for leaf, value in enumerate(values):
-        if not isinstance(value, torch.Tensor):
-            view = seen_arrays.get(id(value))
-            if view is None:
-                view = seen_arrays[id(value)] = _add_bytes(leaf, value, sources, keys)
-            views.append(view)
-            continue
-        view = _view(leaf, value)
-        views.append(view)
-        if value.numel() == 0 or value.is_conj() or value.is_neg():
-            _add(view, value, Copy.GATHER, sources, keys, late[leaf])
-        else:
-            base = value.untyped_storage().data_ptr()
-            by_storage.setdefault((value.device, base), []).append(view)
-    for (_, base), members in by_storage.items():
-        members.sort(key=lambda view: (view.low, -view.high))
-        cluster = [members[0]]
-        high = members[0].high
-        for view in members[1:]:
-            if view.low < high:
-                cluster.append(view)
-                high = max(high, view.high)
-            else:
-                _add_cluster(cluster, base, high, values, late, sources, keys)
-                cluster, high = [view], view.high
-        _add_cluster(cluster, base, high, values, late, sources, keys)
-    return views
-
-
-def _view(leaf: int, value: torch.Tensor) -> _View:
-    low = value.data_ptr()
-    extent, strides = value.numel(), None
-    if extent and not value.is_contiguous():
-        strides = tuple(value.stride())
-        steps = zip(value.shape, strides, strict=True)
-        extent = 1 + sum((size - 1) * stride for size, stride in steps)
-    itemsize = value.element_size()
-    return _View(leaf, low, low + extent * itemsize, itemsize, dtype_name(value.dtype), strides)
-
-
-def _add(
-    view: _View,
-    value: torch.Tensor,
-    copy: Copy,
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-    late: bool,
-) -> None:
-    """Make a source of one leaf's elements in row-major order."""
-    view.strides = None
-    view.source = len(sources)
-    whole = copy is Copy.RANGE
-    sources.append(Source(view.leaf, copy, whole, 0, value.numel() * view.itemsize))
-    keys.append((str(value.device), view.dtype, late))
-
-
-def _add_cluster(
-    cluster: list[_View],
-    base: int,
-    high: int,
-    values: Sequence[Bulk],
-    late: Sequence[bool],
-    sources: list[Source],
-    keys: list[tuple[str, str, bool]],
-) -> None:
-    """Make one source of leaves whose address ranges overlap."""
-    first = cluster[0]
-    value = values[first.leaf]
-    assert isinstance(value, torch.Tensor)
-    is_late = all(late[view.leaf] for view in cluster)
-    same = len(cluster) == 1 or all(
-        (view.low, view.strides, view.dtype) == (first.low, first.strides, first.dtype)
-        and _shape(values[view.leaf]) == value.shape
-        for view in cluster
-    )
-    sparse = high - first.low > value.numel() * first.itemsize
-    if same and (first.strides is None or sparse):
-        copy = Copy.RANGE if first.strides is None else Copy.GATHER
-        _add(first, value, copy, sources, keys, is_late)
-        for view in cluster:
-            view.source, view.strides = first.source, None
-        return
-    low = first.low
-    dtype = first.dtype if len({view.dtype for view in cluster}) == 1 else "uint8"
-    largest = max(cluster, key=lambda view: _storage_bytes(values[view.leaf]))
-    for view in cluster:
-        view.source, view.offset = len(sources), view.low - low
-    sources.append(Source(largest.leaf, Copy.RANGE, False, low - base, high - low))
-    keys.append((str(value.device), dtype, is_late))
-
-
-def _shape(value: Bulk) -> Any:
-    assert isinstance(value, torch.Tensor)
-    return value.shape
-
-
-def _storage_bytes(value: Bulk) -> int:
-    assert isinstance(value, torch.Tensor)
-    return value.untyped_storage().nbytes()
-
-
-_NUMPY_CODING = {
-    "f2": "float16",
-    "f4": "float32",
-    "f8": "float64",
-    "c8": "complex64",
-    "c16": "complex128",
-    "i2": "int16",
-    "i4": "int32",
-    "i8": "int64",
-    "u2": "uint16",
-    "u4": "uint32",
-    "u8": "uint64",
-}
-
-
-def _add_bytes(
-    leaf: int, value: Bulk, sources: list[Source], keys: list[tuple[str, str, bool]]
-) -> _View:
-    dtype = "uint8"
-    nbytes = value.nbytes if isinstance(value, np.ndarray) else len(value)
-    if isinstance(value, np.ndarray) and value.dtype.str[0] == "<":
-        dtype = _NUMPY_CODING.get(value.dtype.str[1:], "uint8")
-    sources.append(Source(leaf, Copy.BYTES, True, 0, nbytes))
-    keys.append(("cpu", dtype, False))
-    return _View(leaf, 0, nbytes, 1, dtype, None, source=len(sources) - 1)
-
-
-def _placement(value: Bulk, start: int, view: _View) -> Placement:
+def _placement(value: Bulk, start: int, view: View) -> Placement:
     if isinstance(value, torch.Tensor):
         return Placement(
             "torch",
-            view.dtype,
+            dtype_name(value.dtype),
             tuple(value.shape),
             start,
             view.strides,

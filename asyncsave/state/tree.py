@@ -18,9 +18,12 @@ from typing import Any, Union
 import numpy as np
 import torch
 
+from ..dtypes import DTYPES
 from ..errors import FormatError, StateError
 from .nodes import (
     MAX_DEPTH,
+    MAX_ONE_HASH,
+    TORCH_DTYPES,
     BytesNode,
     ComplexNode,
     DeviceNode,
@@ -46,6 +49,8 @@ from .nodes import (
 
 INLINE_BYTES = 256
 """Longer ``bytes`` values go into chunks instead of into the tree."""
+
+_KNOWN = frozenset(dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES)
 
 _SAFE_INT = 2**53  # beyond it, JSON readers that use doubles would round
 
@@ -117,7 +122,7 @@ class _Flattener:
         if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
             self._check_depth(name, depth)
             self._flat.objects.append(value)
-            inner = self.node(value.state_dict(), name, depth + 1)
+            inner = self.node(_state_of(value, name), name, depth + 1)
             return ObjectNode(f"{type(value).__module__}.{type(value).__qualname__}", inner)
         raise StateError(_refusal(value, name))
 
@@ -142,6 +147,7 @@ class _Flattener:
         self._check_depth(name, depth)
         prefix = f"{name}." if name else ""
         exact = self._exact
+        texts = True
         keys: list[Node] = []
         values: list[Node] = []
         for key, item in value.items():
@@ -149,10 +155,13 @@ class _Flattener:
                 child = prefix + key
                 keys.append(_str(key))
             else:
+                texts = False
                 keys.append(self._key(key, prefix, depth))
                 child = prefix + key_name(keys[-1])
             handler = exact.get(type(item), self.node)  # the hot loop of states with many leaves
             values.append(handler(item, child, depth + 1))
+        if not texts and len(keys) > MAX_ONE_HASH:
+            _check_hashes(value, name)
         return keys, values
 
     def _key(self, key: Any, prefix: str, depth: int) -> Node:
@@ -189,7 +198,7 @@ class _Flattener:
         return TensorNode(len(flat.values) - 1)
 
     def _tensor(self, value: torch.Tensor, name: str, depth: int) -> Node:
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if value.layout is not torch.strided or value.dtype not in _KNOWN or value.is_meta:
             raise StateError(_tensor_refusal(value, name))
         flat = self._flat  # as in _bulk(), without the call
         flat.names.append(name)
@@ -206,6 +215,29 @@ class _Flattener:
 
     def _bytes(self, value: bytes, name: str, depth: int) -> Node:
         return BytesNode(value) if len(value) <= INLINE_BYTES else self._bulk(value, name)
+
+
+def _state_of(value: Any, name: str) -> Any:
+    try:
+        return value.state_dict()
+    except Exception as cause:
+        where = f"{name!r}" if name else "the state itself"
+        raise StateError(
+            f"{where} is a {_type_name(value)}, whose state_dict() raised "
+            f"{type(cause).__name__}: {cause}"
+        ) from cause
+
+
+def _check_hashes(value: dict[Any, Any], name: str) -> None:
+    """Refuse what validate.py would: looking such keys up takes quadratic time."""
+    hashes = [hash(key) for key in value]
+    if len(set(hashes)) + MAX_ONE_HASH <= len(hashes):
+        (most, count), *_ = collections.Counter(hashes).most_common(1)
+        if count > MAX_ONE_HASH:
+            raise StateError(
+                f"{name!r} is a dict in which {count} keys have the same hash, {most}, and no more "
+                f"than {MAX_ONE_HASH} may; save it as a list of pairs, list(value.items())"
+            )
 
 
 def _same(value: Any, *_: Any) -> Node:
@@ -278,6 +310,9 @@ def _tensor_refusal(value: torch.Tensor, name: str) -> str:
         hint = "save value.to_dense(), or its indices and values"
     elif value.is_quantized:
         why, hint = "is quantized", "save value.int_repr(), its scale and its zero point"
+    elif value.dtype not in _KNOWN:
+        why = f"has dtype {value.dtype}, which this version of asyncsave does not know"
+        hint = "save it as value.view(dtype) with a dtype of the same width, torch.int16 say"
     else:
         why = f"is a {_type_name(value)}, a tensor subclass"
         hint = "save the plain tensor (to_local(), full_tensor(), or as_subclass(torch.Tensor))"

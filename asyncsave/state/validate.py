@@ -14,6 +14,7 @@ from ..errors import FormatError
 from .nodes import (
     CONTAINERS,
     MAX_DEPTH,
+    MAX_ONE_HASH,
     DictNode,
     NamedTupleNode,
     Node,
@@ -27,7 +28,6 @@ from .nodes import (
 )
 from .tree import IMPOSSIBLE, named_tuple, unflatten
 
-_MAX_ONE_HASH = 64
 _THEMSELVES = {bool, int, float, str}
 
 
@@ -82,6 +82,6 @@ def _built_keys(nodes: list[Node], path: object) -> Sequence[Any]:
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has a dict with an impossible key: {cause!s:.200}") from cause
     # numbers can be chosen such that all have one hash, and looking them up takes quadratic time
-    if max(hashes.values()) > _MAX_ONE_HASH:
+    if max(hashes.values()) > MAX_ONE_HASH:
         raise FormatError(f"{path} has a dict in which too many keys have the same hash")
     return keys

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
-import torch
 import xxhash
 
 from ..codec.planes import plane_lengths
+from ..dtypes import DTYPES
 from ..errors import FormatError, IntegrityError, LoadError, StateError, UnsupportedVersionError
-from ..state.nodes import Node, numpy_dtype
+from ..state.nodes import TORCH_DTYPES, Node, numpy_dtype
 from ..state.plan import Plan
 from ..state.validate import validate_tree
 from .lineage import NO_LINEAGE, Lineage
@@ -34,13 +34,6 @@ MAX_CHUNK_BYTES = 1 << 30
 MAX_DIMS = 64
 _MAX_BYTES = 1 << 62
 _HEX = re.compile(r"[0-9a-f]{32}")
-
-_ITEM_BYTES = {
-    str(dtype).removeprefix("torch."): dtype.itemsize
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
-}
-
 
 _T = TypeVar("_T")
 
@@ -342,14 +335,15 @@ def item_bytes(tensor: TensorRecord) -> int:
     """
     if tensor.kind == "numpy":
         return numpy_dtype(tensor.dtype).itemsize
-    if tensor.kind == "torch" and tensor.dtype in _ITEM_BYTES:
-        return _ITEM_BYTES[tensor.dtype]
+    known = DTYPES.get(tensor.dtype)
+    if tensor.kind == "torch" and known is not None and tensor.dtype in TORCH_DTYPES:
+        return known.nbytes
     if tensor.kind == "bytes" and tensor.dtype == "uint8":
         return 1
     if tensor.kind == "torch" and tensor.dtype.isidentifier() and len(tensor.dtype) <= 40:
         raise UnsupportedVersionError(
-            f"{tensor.name!r:.80} has dtype {tensor.dtype}, which this torch does not know: "
-            "install a newer one"
+            f"{tensor.name!r:.80} has dtype {tensor.dtype}, which this "
+            f"{'asyncsave' if known is None else 'torch'} does not know: install a newer one"
         )
     raise FormatError(
         f"{tensor.name!r:.80} has kind {tensor.kind!r:.20} and dtype {tensor.dtype!r:.40}, "
@@ -390,7 +384,7 @@ def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
     if tensor.requires_grad or tensor.parameter:
         _require(tensor.kind == "torch", path, what)
     if tensor.requires_grad:
-        dtype: torch.dtype = getattr(torch, tensor.dtype)
+        dtype = TORCH_DTYPES[tensor.dtype]
         _require(dtype.is_floating_point or dtype.is_complex, path, what)
 
 
