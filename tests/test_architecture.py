@@ -18,6 +18,7 @@ MODULES = sorted(path for path in HOUSE.rglob("*.py"))
 ORDER = [
     "_version",
     "errors",
+    "moment",
     "report",
     "state",
     "snapshot",
@@ -28,6 +29,7 @@ ORDER = [
     "watchdog",
     "task",
     "workers",
+    "stages",
     "background",
     "pipeline",
     "leaves",

@@ -206,9 +206,11 @@ class Retention:
             return
         try:
             sweep(filesystem, directory)
-        except OSError as cause:
+        except BaseException as cause:  # an interrupt, too, must not leave it locked
             self._lock.release()
-            raise write_error("read", directory, cause) from cause
+            if isinstance(cause, OSError):
+                raise write_error("read", directory, cause) from cause
+            raise
 
     def close(self) -> None:
         """Let go of the directory."""
