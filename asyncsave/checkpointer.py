@@ -6,7 +6,6 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -15,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,13 +23,8 @@ import torch
 
 from .cadence import Cadence
 from .codec.choose import CompressionSetting, parse_compression
-from .errors import (
-    BusyError,
-    ClosedError,
-    ConfigError,
-    SaveError,
-)
-from .handle import SaveHandle
+from .errors import BusyError, ClosedError, ConfigError, SaveError
+from .handle import SaveHandle, ends_well, raise_unseen
 from .memory import MemoryLimit, parse_limit
 from .pipeline import Pipeline
 from .report import Stats
@@ -128,11 +122,9 @@ class Checkpointer:
         self._closed = False
         self._handles: list[SaveHandle] = []
         self._should_stop = False
-        with contextlib.ExitStack() as undo:
+        try:
             self._retention = Retention(self._filesystem, self._directory, policy)
-            undo.callback(self._retention.close)
             self._signals = StopSignals(signals)
-            undo.callback(self._signals.close)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -141,11 +133,15 @@ class Checkpointer:
                 durable=durable,
                 stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
             )
-            undo.pop_all()
-        self._finalizer = weakref.finalize(
-            self, _abandoned, self._pid, self._pipeline, self._retention, self._signals
-        )
-        self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+            self._finalizer = weakref.finalize(
+                self, _abandoned, self._pid, self._pipeline, self._retention, self._signals
+            )
+            self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+        except BaseException:  # an interrupt may come at any point of it
+            for name in ("_pipeline", "_signals", "_retention"):
+                if hasattr(self, name):
+                    getattr(self, name).close()
+            raise
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -160,7 +156,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.close()
+            self._close(seen=not ends_well(error))
         except Exception as failure:
             # the training's own exception is the one to see; this one goes with it
             error.add_note(f"asyncsave: a save had failed as well: {failure!r}")
@@ -193,6 +189,7 @@ class Checkpointer:
             What `save` raises, and the error of an earlier save that nobody has seen.
         """
         with self._turn():
+            self._ready()
             if self._signals.arrived and not self._should_stop:
                 handle = self._save(step, state, metrics, metadata, on_busy="wait")
                 assert handle is not None
@@ -227,6 +224,7 @@ class Checkpointer:
             SaveError, CommitError: with ``block``, this save's; else one of an earlier save.
         """
         with self._turn():
+            self._ready()
             handle = self._save(step, state, metrics, metadata, on_busy=self._on_busy)
         if block and handle is not None:
             handle.result()
@@ -239,6 +237,7 @@ class Checkpointer:
             later.
         """
         with self._turn():
+            self._ready()
             self._await_current()
             self._pipeline.prewarm(state)
 
@@ -249,8 +248,8 @@ class Checkpointer:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
         with self._turn():
-            current = self._pipeline.current
-            ended = current is None or current.wait_ended(timeout)
+            self._ready()
+            ended = self._await_current(timeout)
             self._raise_unseen()
             return ended
 
@@ -260,18 +259,7 @@ class Checkpointer:
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
-        if self._pid != os.getpid():
-            return  # a forked child's copy has nothing
-        self._refuse_callbacks()
-        with self._mutex:
-            if self._closed:
-                return
-            self._finalizer.detach()
-            self._signals.close()
-            self._pipeline.close()
-            self._retention.close()
-            self._closed = True
-            self._raise_unseen()
+        self._close()
 
     # -- restoring ----------------------------------------------------------------------------
 
@@ -290,6 +278,7 @@ class Checkpointer:
             CheckpointNotFoundError: there is none of ``step``.
         """
         with self._turn():
+            self._ready()
             self._await_current()
             if step is None and not self.steps():
                 return None
@@ -316,6 +305,7 @@ class Checkpointer:
         See `asyncsave.load` for the arguments.
         """
         with self._turn():
+            self._ready()
             self._await_current()
             return load_from(
                 self._filesystem,
@@ -395,23 +385,47 @@ class Checkpointer:
         handle.add_done_callback(functools.partial(_count, self._stats))
         return handle
 
-    def _await_current(self) -> None:
-        if self._pipeline.current is not None:
-            self._pipeline.current.wait_ended()
+    def _await_current(self, timeout: float | None = None) -> bool:
+        current = self._pipeline.current
+        return current is None or current._wait_ended(timeout)
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Give one thread after the other its turn, if there is anything left to do."""
+    def _close(self, *, seen: bool = True) -> None:
+        if self._pid != os.getpid():
+            return  # a forked child's copy has nothing
+        self._refuse_callbacks()
+        with self._mutex:
+            if not self._closed:
+                # all of it may be done again, by who closes again after an interrupt
+                self._signals.close()
+                self._pipeline.close()
+                self._retention.close()
+                self._finalizer.detach()
+                self._closed = True
+            raise_unseen(self._handles, self._pipeline.current, seen=seen)
+
+    def _turn(self) -> threading.RLock:
+        """Return what gives one thread after the other its turn: ``with self._turn():`` `_ready`.
+
+        It is a lock, which is taken and given back in one step. A context manager in Python could
+        be interrupted between its taking a lock and the statement's beginning.
+        """
         if self._pid != os.getpid():  # before the lock, which a thread of the parent may have held
             raise ClosedError("this Checkpointer belongs to the parent process; make one here")
         self._refuse_callbacks()
-        with self._mutex:
-            if self._closed:
-                raise ClosedError("this Checkpointer is closed; make a new one")
-            self._raise_unseen()
-            yield
+        return self._mutex
+
+    def _ready(self) -> None:
+        """Raise if there is nothing left to do, or something to be told first."""
+        if self._closed:
+            raise ClosedError("this Checkpointer is closed; make a new one")
+        self._raise_unseen()
 
     def _refuse_callbacks(self) -> None:
+        if self._mutex._is_owned():  # type: ignore[attr-defined]
+            raise BusyError(
+                "this Checkpointer is at work in this thread already, and was interrupted (by a "
+                "signal's handler?) or calls back; set a flag there, which the training looks at"
+            )
         if self._pipeline.in_callback:
             raise BusyError(
                 "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
@@ -419,36 +433,25 @@ class Checkpointer:
             )
 
     def _raise_unseen(self) -> None:
-        ended = [handle for handle in self._handles if handle.done()]
-        self._handles = [handle for handle in self._handles if not handle.done()]
-        errors = [error for handle in ended if (error := handle.take_error()) is not None]
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"another save failed as well: {other!r}")
-            raise errors[0]
+        raise_unseen(self._handles, self._pipeline.current)
 
     def _pass_over(self, path: Path, why: str) -> None:
         self._stats.passed_over.append((path, why))
 
 
 def _count(stats: Stats, handle: SaveHandle) -> None:
-    stats.add(handle.peek())
+    stats.add(handle._peek())
 
 
 def _abandoned(pid: int, pipeline: Pipeline, retention: Retention, signals: StopSignals) -> None:
     """Close what belonged to a Checkpointer that was garbage-collected.
 
-    That may happen in any thread, even in one of the pipeline's, so a thread of its own waits.
+    That may happen in any thread, even in one of the pipeline's, so nobody waits for it.
     """
     if pid != os.getpid():
         return
     signals.close()
-
-    def close() -> None:
-        pipeline.close()
-        retention.close()
-
-    threading.Thread(target=close, name="asyncsave-close", daemon=True).start()
+    pipeline.end(retention.close)
     warnings.warn(
         f"the Checkpointer of {retention.directory} was dropped without close(); use it in a with "
         "statement",
