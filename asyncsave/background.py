@@ -43,7 +43,8 @@ class Background:
 
     Attributes:
         saves: what is to be done, one after the other; None: end.
-        over: nothing that is put there will be done any more.
+        over: the end was put there; nothing should follow.
+        drained: what is put there from now on is looked at by nobody.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Background:
         durable: bool,
     ) -> None:
         self.saves: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
-        self.over = False
+        self.over = self.drained = False
         self._filesystem = filesystem
         self._memory = memory
         self._snapshotter = snapshotter
@@ -103,10 +104,11 @@ class Background:
                 self._loop.call_soon_threadsafe(save.wake.set)
 
     def refuse_rest(self) -> None:
-        """End the saves that were handed over when all was over."""
+        """End the saves that were handed over when all was over, by another thread."""
         with contextlib.suppress(queue.Empty):
             while True:
                 if (save := self.saves.get_nowait()) is not None:
+                    save.fail(self._memory.arenas)
                     error = ClosedError(f"closed before {save.target.path} was saved")
                     save.handle._set_error(error, seen=False)
 
@@ -118,6 +120,7 @@ class Background:
         """
         if then is not None:
             self._then.append(then)
+        self.over = True
         self.saves.put(None)
 
     def close(self) -> None:
@@ -190,7 +193,7 @@ class Background:
 
     def _release(self) -> None:
         """Give everything back. Saves that come too late for it fail."""
-        self.over = True
+        self.over = self.drained = True
         self.refuse_rest()
         for workers in self._workers:
             workers.shutdown()

@@ -66,7 +66,7 @@ class Pipeline:
             transport = CudaTransport()
         self._memory = Memory(memory_limit, compression)
         self._stall_warning_seconds = stall_warning_seconds
-        self._planner = Planner()
+        self._planner: Planner | None = None
         self._snapshotter = Snapshotter(transport, overlap=overlap)
         self._current: SaveHandle | None = None
         self._background = Background(
@@ -103,7 +103,18 @@ class Pipeline:
             StagingError: the snapshot could not be taken; nothing was committed.
         """
         if self._background.over:
-            raise ClosedError("the program is ending, and all that was open has been closed")
+            raise ClosedError("it was closed (perhaps that was interrupted), or the program ends")
+        grad = torch.is_grad_enabled()
+        try:
+            handle = self._save(state, target, began)
+        finally:
+            # An interrupt in torch's no_grad() leaves gradients off, for all the training to come.
+            torch._C._set_grad_enabled(grad)
+        if ending():
+            handle._wait_ended()  # nobody else will
+        return handle
+
+    def _save(self, state: Any, target: Target, began: float) -> SaveHandle:
         flat = flatten(state)
         plan = self._fit(flat)
         handle = SaveHandle(target.step, target.path)
@@ -118,9 +129,9 @@ class Pipeline:
                 self._current = handle
                 self._background.saves.put(save)
                 try:
-                    if self._background.over:  # since this call began: who closes does not wait
+                    if self._background.drained:  # since this call began, as the program ends
                         self._background.refuse_rest()
-                        raise ClosedError("closed by another thread")
+                        handle.result()
                     self._stage(flat, save)
                     save.blocked_seconds = save.elapsed()
                     save.complete = True
@@ -130,8 +141,6 @@ class Pipeline:
                     raise
         finally:
             self._background.wake(save)
-        if ending():
-            handle._wait_ended()  # nobody else will
         return handle
 
     def prewarm(self, state: Any) -> None:
@@ -154,14 +163,17 @@ class Pipeline:
 
     def _fit(self, flat: Flat) -> Plan:
         """Plan a state, and make memory fit the plan."""
+        # Taken out while it works: one that was interrupted may remember half of a plan.
+        planner, self._planner = self._planner or Planner(), None
         late = self._snapshotter.late(flat)
         chunk_bytes = self._memory.chunk_bytes
-        plan = self._planner.plan(flat, chunk_bytes, late)
+        plan = planner.plan(flat, chunk_bytes, late)
         if self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat)):
             self._snapshotter.forget()
         if self._memory.chunk_bytes != chunk_bytes:
-            plan = self._planner.plan(flat, self._memory.chunk_bytes, late)
+            plan = planner.plan(flat, self._memory.chunk_bytes, late)
             self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat))
+        self._planner = planner
         return plan
 
     def _stage(self, flat: Flat, save: Save) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from .state.tree import Flat
 from .storage.manifest import ChunkRecord
 from .storage.writer import padded
 from .watchdog import Watchdog
+
+_log = logging.getLogger("asyncsave")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class Save:
             step=self.target.step,
             path=self.target.path,
             blocked_seconds=self.blocked_seconds,
-            fence_seconds=0.0 if self.late is None else self.late.fence_seconds(),
+            fence_seconds=self._fence_seconds(),
             staged_seconds=self.staged_seconds,
             durable_seconds=durable_seconds,
             raw_bytes=self.plan.nbytes,
@@ -147,6 +150,17 @@ class Save:
             encoded_chunks=sum(chunk.coding != "raw" for chunk in self.chunks.values()),
             tensors=len(self.names),
         )
+
+    def _fence_seconds(self) -> float:
+        if self.late is None:
+            return 0.0
+        try:
+            return self.late.fence_seconds()
+        except Exception:
+            # The device is in an error of the training's, say. The checkpoint is durable all the
+            # same, and must not be called a failure for want of a figure.
+            _log.exception("how long the training stood at the fence is not known; it counts as 0")
+            return 0.0
 
     def elapsed(self) -> float:
         """Return the seconds since the save was called for."""
