@@ -40,9 +40,12 @@ class StopSignals:
             return
         for number in wanted:
             try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except (OSError, ValueError, TypeError) as cause:
+                self._previous[number] = signal.getsignal(number)  # before: an interrupt loses none
+                signal.signal(number, self._handle)
+            except BaseException as cause:
                 self.close()
+                if not isinstance(cause, (OSError, ValueError, TypeError)):
+                    raise
                 raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
 
     def close(self) -> None:
