@@ -80,10 +80,14 @@ class Background:
         """
         finish_at_exit(self)
         try:
-            _thread.start_new_thread(self._open, ())
-        except RuntimeError as cause:
-            self._refuse(cause)
-        self._opened.wait()
+            try:
+                _thread.start_new_thread(self._open, ())
+            except RuntimeError as cause:
+                self._refuse(cause)
+            self._opened.wait()
+        except BaseException:  # interrupted: nobody will use it
+            self.end()
+            raise
         if self._refused is not None:
             why = self._refused
             raise SaveError(

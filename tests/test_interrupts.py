@@ -14,8 +14,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -27,9 +29,16 @@ import asyncsave.handle
 from asyncsave import Checkpointer
 from asyncsave.storage.filesystem import LocalFileSystem
 from asyncsave.storage.steps import list_steps
+from asyncsave.task import Target
 
 from . import counts
+from .fake_device import FakeDevice, make_pipeline
 from .support import assert_same, eventually
+
+pytestmark = [
+    # the interpreter swallows what is raised in __del__ and while it closes a dropped generator
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 CHUNK = 64 << 10
 STATE = {"w": torch.arange(70_000.0), "b": torch.arange(9), "n": 1, "list": [torch.ones(3)]}
@@ -50,8 +59,7 @@ class Point:
         self.where = ""
 
     def __call__(self, frame: FrameType, kind: str, arg: Any) -> None:
-        # what is raised in __del__ is swallowed by the interpreter
-        if kind not in self.kinds or frame.f_code.co_name == "__del__":
+        if kind not in self.kinds:
             return
         self.seen += 1
         if self.seen == self.n:
@@ -241,3 +249,152 @@ def sweep(
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_is_interrupted(tmp_path: Path, name: str) -> None:
     sweep(tmp_path, lambda path, point: survives(path, name, point), FAST[name], {"call"})
+
+
+def constructs(directory: Path, point: Point) -> bool:
+    made: list[Checkpointer] = []
+    point.run(lambda: made.append(make(directory)))
+    for each in made:
+        each.close()
+    assert eventually(lambda: threads() == [])
+    nothing_left(directory)
+    return point.where != ""
+
+
+def test_the_constructor_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, constructs, 5, {"call"})
+
+
+def saves_once(directory: Path, point: Point) -> bool:
+    point.run(lambda: asyncsave.save(STATE, directory / "x"))
+    assert eventually(lambda: threads() == [])
+    if point.stop is None or (directory / "x").exists():
+        assert_same(asyncsave.load(directory / "x"), STATE)
+    asyncsave.save(OTHER, directory / "x", overwrite=True).result(20)
+    assert eventually(lambda: threads() == [])
+    assert_same(asyncsave.load(directory / "x"), OTHER)
+    assert [each.name for each in directory.iterdir()] == ["x"]
+    nothing_left(directory)
+    return point.where != ""
+
+
+def test_a_single_save_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, saves_once, 17, {"call"})
+
+
+def stages_late(directory: Path, point: Point) -> bool:
+    """A save from a device, whose copies end at the fence."""
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    model = torch.nn.Linear(300, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    directory.mkdir()
+    point.run(lambda: pipeline.save(state, Target(directory / "a"), 0.0))
+    device.finish()
+    if pipeline.current is not None:
+        assert pipeline.current._wait_ended(20)
+    pipeline.save(state, Target(directory / "b"), 0.0)
+    model(torch.ones(300)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    pipeline.close()
+    assert torch.equal(asyncsave.load(directory / "b")["model"]["weight"], before)
+    assert not asyncsave.handle._unseen
+    return point.where != ""
+
+
+def test_a_save_with_late_copies_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, stages_late, 23, {"call"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["call", "c_return"])
+@pytest.mark.parametrize("name", [*CALLS, "constructor", "a single save", "late copies"])
+def test_every_point_is_interrupted(tmp_path: Path, name: str, kind: str) -> None:
+    others = {"constructor": constructs, "a single save": saves_once, "late copies": stages_late}
+    each = others.get(name, lambda path, point: survives(path, name, point))
+    sweep(tmp_path, each, 1, {kind})
+
+
+# -- real signals -----------------------------------------------------------------------------
+
+
+def test_a_hundred_real_interrupts_at_random_moments(tmp_path: Path) -> None:
+    """SIGINT from another thread while this one saves, waits and steps; nothing is lost of it."""
+    random = Random(0)
+    with make(tmp_path, every_steps=1, keep_last=3) as ckpt:
+        step = hits = 0
+        while hits < 100:
+            state = {"w": torch.full((70_000,), float(step))}
+            timer = threading.Timer(random.uniform(0, 0.012), interrupt)
+            try:
+                timer.start()
+                for _ in range(40):
+                    step += 1
+                    state["w"].fill_(step)
+                    ckpt.step(step, state)
+                    if step % 3 == 0:
+                        ckpt.wait()
+                time.sleep(1)
+            except KeyboardInterrupt:
+                hits += 1
+            timer.join()
+            step += 1
+            state["w"].fill_(step)
+            ckpt.save(step, state, block=True)
+            loaded = ckpt.load()
+            assert torch.equal(loaded["w"], state["w"])
+            for arena in ckpt._pipeline._memory.arenas:
+                assert arena.free == arena.count
+        counts.add("interrupts", hits)
+        for each in ckpt.steps():
+            assert torch.equal(ckpt.load(step=each)["w"], torch.full((70_000,), float(each)))
+    assert threads() == []
+    nothing_left(tmp_path)
+
+
+def interrupt() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+# -- who is inside already -----------------------------------------------------------------------
+
+USES: dict[str, Callable[[Checkpointer], object]] = {
+    "save": lambda ckpt: ckpt.save(5, STATE),
+    "step": lambda ckpt: ckpt.step(5, STATE),
+    "wait": lambda ckpt: ckpt.wait(),
+    "restore": lambda ckpt: ckpt.restore({}),
+    "load": lambda ckpt: ckpt.load(),
+    "prewarm": lambda ckpt: ckpt.prewarm(STATE),
+    "close": lambda ckpt: ckpt.close(),
+    "with": lambda ckpt: ckpt.__exit__(None, None, None),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_handler_that_comes_during_a_save_is_refused(tmp_path: Path, use: str) -> None:
+    refused: list[asyncsave.BusyError] = []
+
+    class Model:
+        def state_dict(self) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return {"w": STATE["w"]}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with pytest.raises(asyncsave.BusyError, match="at work in this thread") as caught:
+            USES[use](ckpt)
+        refused.append(caught.value)
+        asyncsave.save(STATE, tmp_path / "elsewhere", overwrite=True).result(20)  # is another's
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    with make(tmp_path / "run", every_steps=1) as ckpt:
+        ckpt.save(1, {"model": Model()}, block=True)
+        assert len(refused) == 1
+        assert_same(ckpt.load(), {"model": {"w": STATE["w"]}})
+        USES[use](ckpt)
+    signal.signal(signal.SIGUSR1, before)
+    assert_same(asyncsave.load(tmp_path / "elsewhere"), STATE)

@@ -261,8 +261,9 @@ class _LocalLock:
 
     _held: ClassVar[weakref.WeakSet[_LocalLock]] = weakref.WeakSet()
 
+    descriptor: int | None = None
+
     def __init__(self) -> None:
-        self.descriptor: int | None = None
         self._held.add(self)
 
     def take(self) -> bool:
