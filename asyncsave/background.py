@@ -16,6 +16,8 @@ import asyncio
 import contextlib
 import logging
 import queue
+import selectors
+import socket
 import threading
 from collections.abc import Callable
 
@@ -78,7 +80,6 @@ class Background:
         Raises:
             SaveError: the system does not give what that takes; nothing is left of it.
         """
-        finish_at_exit(self)
         try:
             try:
                 _thread.start_new_thread(self._open, ())
@@ -137,8 +138,9 @@ class Background:
     # -- a thread that starts the others --------------------------------------------------------
 
     def _open(self) -> None:
+        finish_at_exit(self)
         try:
-            self._loop = asyncio.new_event_loop()
+            self._loop = _event_loop()
             self._workers.append(Workers("asyncsave-encode", encoder_threads()))
             self._workers.append(Workers("asyncsave-io", _IO_THREADS))
             thread = threading.Thread(target=self._live, name="asyncsave-loop", daemon=True)
@@ -212,3 +214,15 @@ class Background:
                 _log.exception("tidying up after the last save failed")
         closed(self)  # last: at exit, what is open is waited for before errors are looked at
         self._ended.set()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return a new one; OSError if there are no descriptors for it, of which none is lost."""
+    selector = selectors.DefaultSelector()
+    try:
+        for each in socket.socketpair():  # as it will open: a loop that cannot does not clean up
+            each.close()
+        return asyncio.SelectorEventLoop(selector)
+    except BaseException:
+        selector.close()
+        raise

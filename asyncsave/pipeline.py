@@ -26,7 +26,7 @@ import torch
 
 from .background import Background
 from .codec.choose import Compression
-from .errors import ClosedError, StagingError
+from .errors import ClosedError, SaveError, StagingError
 from .handle import SaveHandle, ending
 from .memory import Memory, MemoryLimit
 from .snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
@@ -102,8 +102,7 @@ class Pipeline:
             StateError, ConfigError: nothing was begun.
             StagingError: the snapshot could not be taken; nothing was committed.
         """
-        if self._background.over:
-            raise ClosedError("it was closed (perhaps that was interrupted), or the program ends")
+        self._refuse_closed()
         grad = torch.is_grad_enabled()
         try:
             handle = self._save(state, target, began)
@@ -145,6 +144,7 @@ class Pipeline:
 
     def prewarm(self, state: Any) -> None:
         """Take (and pin) the memory that saving ``state`` will need, without saving it."""
+        self._refuse_closed()
         self._fit(flatten(state))
         for arena in self._memory.arenas:
             arena.touch()
@@ -161,6 +161,10 @@ class Pipeline:
         """`end`, and wait for it. Idempotent; it may be called again if it was interrupted."""
         self._background.close()
 
+    def _refuse_closed(self) -> None:
+        if self._background.over:
+            raise ClosedError("it was closed (perhaps that was interrupted), or the program ends")
+
     def _fit(self, flat: Flat) -> Plan:
         """Plan a state, and make memory fit the plan."""
         # Taken out while it works: one that was interrupted may remember half of a plan.
@@ -168,11 +172,14 @@ class Pipeline:
         late = self._snapshotter.late(flat)
         chunk_bytes = self._memory.chunk_bytes
         plan = planner.plan(flat, chunk_bytes, late)
-        if self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat)):
-            self._snapshotter.forget()
-        if self._memory.chunk_bytes != chunk_bytes:
-            plan = planner.plan(flat, self._memory.chunk_bytes, late)
-            self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat))
+        try:
+            if self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat)):
+                self._snapshotter.forget()
+            if self._memory.chunk_bytes != chunk_bytes:
+                plan = planner.plan(flat, self._memory.chunk_bytes, late)
+                self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat))
+        except (OSError, MemoryError) as cause:
+            raise SaveError(f"cannot take the memory that this save needs: {cause}") from cause
         self._planner = planner
         return plan
 

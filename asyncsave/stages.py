@@ -86,15 +86,19 @@ class Stages:
         try:
             stored = await self._write(save)
             # committed: what fails from here on is told, and is no failure of the save
-            report = await self._call(save.report, stored, self._memory.nbytes)
-            save.watchdog.writing("removing older checkpoints")
             try:
-                await self._call(save.target.then)
-            except Exception:
-                _log.exception("%s is durable, but tidying up after it failed", save.target.path)
-            return report
+                return await self._call(save.report, stored, self._memory.nbytes)
+            finally:
+                save.watchdog.writing("removing older checkpoints")
+                await self._tidy_up(save)
         finally:
             save.watchdog.close()
+
+    async def _tidy_up(self, save: Save) -> None:
+        try:
+            await self._call(save.target.then)
+        except Exception:
+            _log.exception("%s is durable, but tidying up after it failed", save.target.path)
 
     async def _write(self, save: Save) -> int:
         """Commit a save and return the length of its files, or undo it and raise why."""
