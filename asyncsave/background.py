@@ -159,17 +159,17 @@ class Background:
 
     def _live(self) -> None:
         assert self._loop is not None
-        encode, io = self._workers
-        stages = Stages(
-            self._filesystem,
-            self._memory,
-            self._snapshotter,
-            compression=self._compression,
-            durable=self._durable,
-            encode=encode,
-            io=io,
-        )
         try:
+            encode, io = self._workers
+            stages = Stages(
+                self._filesystem,
+                self._memory,
+                self._snapshotter,
+                compression=self._compression,
+                durable=self._durable,
+                encode=encode,
+                io=io,
+            )
             while (save := self.saves.get()) is not None:
                 self._carry_out(save, self._loop, stages)
                 del save  # or it would keep the state's tree until the next one comes
