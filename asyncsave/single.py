@@ -65,10 +65,10 @@ def save(
     )
     try:
         handle = pipeline.save(state, Target(target, replace=overwrite), began)
+        pipeline.end()
     except BaseException:
         pipeline.close()
         raise
-    pipeline.end()
     return handle
 
 
