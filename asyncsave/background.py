@@ -1,66 +1,52 @@
-"""Background: what happens to a save once its chunks are staged, and the threads that do it.
+"""Background: the threads of a pipeline, and how a save is handed over to them.
 
-    event loop thread               encoders                  io threads
-    chunks, in plan order     ──▶   digest, planes, zstd
-    frames, in the same order ──▶                             write(2), fsync, commit
+What happens to a save there is in stages.py. This module is about beginnings and ends, which must
+hold whatever the caller's thread does: it may be interrupted (Ctrl-C, or a signal's handler that
+raises) at any point. So
 
-While the training runs Python, each thread waits up to 5 ms (the interpreter's switch interval) to
-get the GIL back after every call that let go of it, and makes the training wait for as long as it
-takes two threads to wake. So what is stored as it is goes in groups of neighbours: one task digests
-them, one write takes them to the disk. For 16 MiB that is 4 hand-overs of the GIL, and not 10.
-
-Failure: the first error ends a save. `Save.failed` stops the stager and the encoders; once both
-are still, every slot and frame the save had is returned and its draft is removed. So the next save
-finds all as if the failed one had never been.
+- a save, or the end, is handed over by one call into C, which is done or not done;
+- the threads are started by a thread, which no signal interrupts;
+- whatever is raised here ends the handle of the save, and the next one is taken up.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
-import datetime
 import logging
-import platform
+import queue
+import selectors
+import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
 
-import torch
-
-from ._version import __version__
-from .codec.choose import LEAST_WRITES, TRY, TRY_BYTES, Chooser, Compression
-from .codec.frame import coding_for
-from .errors import AsyncSaveError, CommitError, SaveError
+from .codec.choose import Compression
+from .errors import AsyncSaveError, ClosedError, SaveError
+from .handle import closed, finish_at_exit
 from .memory import Memory, encoder_threads
+from .moment import Moment
 from .report import SaveReport
-from .snapshot.arena import Slot
-from .snapshot.snapshotter import Snapshotter, Staged
-from .storage.commit import Draft, begin, commit, discard
+from .snapshot.snapshotter import Snapshotter
+from .stages import Stages
 from .storage.filesystem import FileSystem
-from .storage.manifest import ChunkRecord, digest, encode_manifests, tensor_records
-from .storage.writer import DataWriter, padded
-from .task import Frame, Save
+from .task import Save
 from .workers import Workers
 
 _log = logging.getLogger("asyncsave")
-_T = TypeVar("_T")
-_Frames = asyncio.Future[Sequence[Frame]]
-# Chunks in a group. Measured: beside a loop of pure Python, 1.02 GB took 0.94 s and cost the loop
-# 0.05 s; one by one, it was 1.57 s and 0.15 s.
-_TOGETHER = 4
-_IO_THREADS = 2  # one writes; the other waits: for device events, memory, or the stager
+_IO_THREADS = 2
 
 
 class Background:
     """The event loop's thread, the encoders and the io threads. Owned by a `Pipeline`.
 
-    `start`, `feed` and `close` are called by the pipeline's callers, one at a time; all else runs
-    in the threads.
+    `open`, `wake`, `end` and `close` are called by the pipeline's callers; all else runs in the
+    threads.
 
-    Args:
-        once: it closes itself when its first save has ended.
-        ended: called last, when it has closed.
+    Attributes:
+        saves: what is to be done, one after the other; None: end.
+        over: the end was put there; nothing should follow.
+        drained: what is put there from now on is looked at by nobody.
     """
 
     def __init__(
@@ -71,346 +57,178 @@ class Background:
         *,
         compression: Compression | None,
         durable: bool,
-        once: bool,
-        ended: Callable[[], None],
     ) -> None:
+        self.saves: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
+        self.over = self.drained = False
         self._filesystem = filesystem
         self._memory = memory
         self._snapshotter = snapshotter
-        self._byte_planes = compression is None or compression.byte_planes
+        self._compression = compression
         self._durable = durable
-        self._once = once
-        self._ended = ended
-        self._started = self._closed = False
-        self._chooser = Chooser(compression, encoder_threads())
-        self._encode = Workers("asyncsave-encode", encoder_threads())
-        self._io = Workers("asyncsave-io", _IO_THREADS)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="asyncsave-loop", daemon=True)
-        self._thread.start()
+        self._opened, self._ended = Moment(), Moment()
+        self._refused: Exception | None = None
+        self._then: list[Callable[[], None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._workers: list[Workers] = []
+        self._thread: threading.Thread | None = None
 
     # -- who calls the pipeline ---------------------------------------------------------------
+
+    def open(self) -> None:
+        """Start all threads.
+
+        Raises:
+            SaveError: the system does not give what that takes; nothing is left of it.
+        """
+        try:
+            try:
+                _thread.start_new_thread(self._open, ())
+            except RuntimeError as cause:
+                self._refuse(cause)
+            self._opened.wait()
+        except BaseException:  # interrupted: nobody will use it
+            self.end()
+            raise
+        if self._refused is not None:
+            why = self._refused
+            raise SaveError(
+                f"cannot start the threads that save: {why}. Saving takes {_IO_THREADS + 2} to "
+                f"{_IO_THREADS + 5} threads and a few descriptors: see ulimit -u and ulimit -n, "
+                "and the container's limit of tasks"
+            ) from why
 
     @property
     def is_caller(self) -> bool:
         """Whether the caller is the event loop's thread: a done callback, which must not wait."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and threading.get_ident() == self._thread.ident
 
-    def start(self, save: Save) -> None:
-        """Begin a save whose chunks `feed` will bring. The one before has ended."""
-        self._started = True
-        self._chooser.begin_save()
-        asyncio.run_coroutine_threadsafe(self._run(save), self._loop)
+    def wake(self, save: Save) -> None:
+        """Let it look at once what has been staged, or whether the stager has left."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed: the save has ended
+                self._loop.call_soon_threadsafe(save.wake.set)
 
-    def feed(self, save: Save, items: Sequence[Staged | None]) -> None:
-        """Hand over staged chunks; None after the last."""
+    def refuse_rest(self) -> None:
+        """End the saves that were handed over when all was over, by another thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (save := self.saves.get_nowait()) is not None:
+                    save.fail(self._memory.arenas)
+                    error = ClosedError(f"closed before {save.target.path} was saved")
+                    save.handle._set_error(error, seen=False)
 
-        def put() -> None:
-            for item in items:
-                save.queue.put_nowait(item)
+    def end(self, then: Callable[[], None] | None = None) -> None:
+        """Let all threads end, and memory be given back, once the saves that were begun have.
 
-        self._loop.call_soon_threadsafe(put)
+        Args:
+            then: called in the background after that.
+        """
+        if then is not None:
+            self._then.append(then)
+        self.over = True
+        self.saves.put(None)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Call something in a thread of the background; takes no lock, so signal handlers may."""
-        self._encode.submit(call)
+        for encode in self._workers[:1]:
+            encode.submit(call)
 
     def close(self) -> None:
-        """End all threads, give all memory back. No save is in flight. Idempotent."""
-        if self._once and self._started:
-            self._thread.join()  # it closes the rest by itself
-            return
-        if self._closed:
-            return
-        with contextlib.suppress(RuntimeError):  # closed by a close() that was interrupted
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._close_rest()
-        self._ended()
+        """`end`, and wait for it. Idempotent; it may be called again if it was interrupted."""
+        self.end()
+        self._ended.wait()
+        if self._thread is not None:
+            self._thread.join()  # it is at its end: an interrupted join() would not be repeatable
 
-    def _close_rest(self) -> None:
-        self._closed = True
-        self._encode.shutdown()
-        self._io.shutdown()
-        self._memory.close()
-        self._snapshotter.forget()
+    # -- a thread that starts the others --------------------------------------------------------
+
+    def _open(self) -> None:
+        finish_at_exit(self)
+        try:
+            self._loop = _event_loop()
+            self._workers.append(Workers("asyncsave-encode", encoder_threads()))
+            self._workers.append(Workers("asyncsave-io", _IO_THREADS))
+            thread = threading.Thread(target=self._live, name="asyncsave-loop", daemon=True)
+            thread.start()
+            self._thread = thread
+        except Exception as cause:
+            self._refuse(cause)
+        self._opened.set()
+
+    def _refuse(self, cause: Exception) -> None:
+        self._refused = cause
+        self._release()
+        self._opened.set()
 
     # -- event loop thread --------------------------------------------------------------------
 
-    def _run_loop(self) -> None:
+    def _live(self) -> None:
+        assert self._loop is not None
         try:
-            self._loop.run_forever()
+            encode, io = self._workers
+            stages = Stages(
+                self._filesystem,
+                self._memory,
+                self._snapshotter,
+                compression=self._compression,
+                durable=self._durable,
+                encode=encode,
+                io=io,
+            )
+            while (save := self.saves.get()) is not None:
+                self._carry_out(save, self._loop, stages)
+                del save  # or it would keep the state's tree until the next one comes
         finally:
-            self._loop.close()
+            self._release()
 
-    async def _run(self, save: Save) -> None:
+    def _carry_out(self, save: Save, loop: asyncio.AbstractEventLoop, stages: Stages) -> None:
         report: SaveReport | None = None
         error: BaseException | None = None
-        save.watchdog.start()
         try:
-            report = await self._write(save)
+            report = loop.run_until_complete(stages.write(save))
         except BaseException as caught:  # whatever it is, it belongs to who holds the handle
-            error = save.staging_error or caught
-        finally:
-            save.watchdog.close()
-        if error is not None and not isinstance(error, (AsyncSaveError, KeyboardInterrupt)):
+            error = caught
+        if error is None:
+            assert report is not None
+            _log.info("%s", report)
+            save.handle._set_report(report)
+            return
+        stopped = save.staging_error
+        if isinstance(stopped, Exception):
+            error = stopped  # the caller has it: what went wrong here is the same failure
+        seen = not save.complete and (error is stopped or error.__cause__ is stopped)
+        if not isinstance(error, AsyncSaveError):
             wrapped = SaveError(f"saving {save.target.path} failed: {error!r}")
             wrapped.__cause__ = error
             error = wrapped
-        if self._once:
-            self._close_rest()
-        if report is not None:
-            _log.info("%s", report)
-            save.handle.set_report(report)
-        else:
-            assert error is not None
-            save.handle.set_error(error, seen=save.staging_error is not None)
-        if self._once:
-            self._ended()  # last: at exit, what is open is waited for before errors are looked at
-            self._loop.stop()
+        save.handle._set_error(error, seen=seen)
 
-    async def _write(self, save: Save) -> SaveReport:
-        """Take a save from its first staged chunk to its commit, or undo it."""
-        draft, watchdog = None, save.watchdog
-        writer: DataWriter | None = None
-        encoding: asyncio.Task[None] | None = None
-        futures: asyncio.Queue[_Frames | None] = asyncio.Queue()
-        # How many chunks may be on their way to the disk: where all are encoded, as many as there
-        # are frames; where that depends on what earlier ones took, two groups, and two chunks until
-        # something is known.
-        first = most = len(save.plan.chunks)
-        if self._chooser.waits:
-            first, most = LEAST_WRITES, 2 * _TOGETHER
-        elif self._memory.frames is not None:
-            first = most = self._memory.frames.count
-        ahead, later = asyncio.Semaphore(first), most - first
-        try:
-            watchdog.writing("creating files")
-            draft = await self._call(begin, self._filesystem, save.target.path)
-            writer = await DataWriter.create(self._filesystem, draft.data_path, self._io)
-            encoding = asyncio.create_task(self._encode_all(save, futures, ahead))
-            encoding.add_done_callback(lambda _: futures.put_nowait(None))
-            watchdog.writing("")
-            while (future := await futures.get()) is not None:
-                watchdog.writing("encoding")
-                for neighbours in _runs(await future):
-                    watchdog.writing(f"writing at offset {writer.nbytes}")
-                    await self._append(save, neighbours, writer)
-                    _release(ahead, len(neighbours))
-                watchdog.writing("")
-                if later and len(save.chunks) >= LEAST_WRITES:
-                    _release(ahead, later)
-                    later = 0
-            await encoding
-            if self._durable:
-                watchdog.writing("syncing the data file")
-                before = writer.write_seconds
-                await writer.sync()
-                self._chooser.synced(writer.nbytes, writer.write_seconds - before)
-            watchdog.writing("closing the data file")
-            await writer.close()
-            watchdog.writing("syncing and committing")
-            stored = await self._call(self._commit, save, draft, writer.nbytes)
-        except BaseException as error:
-            watchdog.writing("cleaning up after it failed")
-            save.fail(self._memory.arenas)
-            if encoding is not None:
-                _release(ahead, len(save.plan.chunks))  # it goes on to the end of its queue
-                await asyncio.wait([encoding])
-                encoding.exception()  # follows from the first error, which is reported
-            await self._settle(save, futures)
-            if writer is not None:
-                with contextlib.suppress(AsyncSaveError):
-                    await writer.close()
-            if draft is not None and not isinstance(error, CommitError):  # else it is in place
-                await self._call(discard, self._filesystem, draft)
-            raise
-        report = await self._call(save.report, stored, self._memory.nbytes)
-        watchdog.writing("removing older checkpoints")
-        try:
-            await self._call(save.target.then)
-        except Exception:
-            _log.exception("%s is durable, but tidying up after it failed", save.target.path)
-        return report
-
-    async def _encode_all(
-        self, save: Save, futures: asyncio.Queue[_Frames | None], ahead: asyncio.Semaphore
-    ) -> None:
-        """Hand staged chunks to the encoders as they come, and their results on in that order."""
-        raw: list[Staged] = []
-
-        def digest_raw() -> None:
-            if raw:
-                task = self._loop.run_in_executor(self._encode, self._digest_all, raw.copy())
-                futures.put_nowait(task)
-                raw.clear()
-
-        save.watchdog.feeding("copying the state in the thread that saves")
-        while True:
-            if len(raw) == _TOGETHER or save.queue.empty():
-                digest_raw()
-            staged = await save.queue.get()
-            if staged is None:
-                digest_raw()
-                break
-            if staged.event is not None:
-                if not staged.event.query():
-                    digest_raw()
-                    save.watchdog.feeding("copying from the device")
-                    await self._call(staged.event.synchronize)
-                if staged.late is not None:
-                    staged.late.settle(staged.chunk.index)
-            if ahead.locked():
-                digest_raw()
-                save.watchdog.feeding("waiting for the chunks before it")
-            await ahead.acquire()
-            level = self._chooser.pick()
-            if level:
-                digest_raw()
-                # In the order of the chunks, which is the order they are written in: otherwise
-                # later chunks could take all frames, and the one that is waited for find none.
-                save.watchdog.feeding("waiting for memory to encode into")
-                room = self._frame_for(save, wait=False) or await self._call(self._frame_for, save)
-                if room is None:
-                    continue  # the save has failed; go on to the end of the queue
-                task = self._loop.run_in_executor(
-                    self._encode, self._encode_one, save, staged, room, level == TRY
-                )
-                futures.put_nowait(task)
-            else:
-                raw.append(staged)
-            save.watchdog.feeding("copying the state in the thread that saves")
-        if save.staging_error is not None:
-            raise save.staging_error
-        if save.failed.is_set():
-            raise SaveError("another part of the save has failed")
-        if save.late is not None:
-            save.note_staged()
-
-    def _frame_for(self, save: Save, *, wait: bool = True) -> Slot | None:
-        frames = self._memory.frames
-        assert frames is not None
-        return save.hold(frames, frames.acquire(wait=wait, give_up=save.failed.is_set))
-
-    async def _append(self, save: Save, frames: Sequence[Frame], writer: DataWriter) -> None:
-        """Write frames that are neighbours in memory, and note where they are."""
-        first, last = frames[0], frames[-1]
-        nbytes = (len(frames) - 1) * first.slot.nbytes + last.pad()
-        begun = writer.write_seconds
-        offset = await writer.append(first.arena.view(first.slot, nbytes))
-        self._chooser.wrote(nbytes, writer.write_seconds - begun)
-        for frame in frames:
-            save.release(frame.arena, frame.slot)
-            save.chunks[frame.chunk.index] = ChunkRecord(
-                offset=offset,
-                length=frame.length,
-                raw_length=frame.chunk.nbytes,
-                coding=frame.coding,
-                parts=list(frame.parts),
-                xxh3_128=frame.digest,
-                raw_xxh3_128=frame.raw_digest,
-            )
-            offset += padded(frame.length)
-
-    async def _settle(self, save: Save, futures: asyncio.Queue[_Frames | None]) -> None:
-        """Wait until nobody touches the slots of a failed save any more, and return them."""
-        await self._call(save.staging_over.wait)
-        while not futures.empty():
-            future = futures.get_nowait()
-            if future is not None:
-                await asyncio.wait([future])
-                future.exception()  # the first error is reported; these follow from it
-        if self._snapshotter.transport is not None:
-            with contextlib.suppress(RuntimeError):
-                await self._call(self._snapshotter.transport.drain)
-        if save.late is not None:
-            save.late.drop()
-        save.release_all()
-
-    async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
-        return await self._loop.run_in_executor(self._io, function, *args)
-
-    def _commit(self, save: Save, draft: Draft, data_bytes: int) -> int:
-        """Write the manifests and commit; return the length of all files."""
-        target = save.target
-        rank_bytes, checkpoint_bytes = encode_manifests(
-            tree=save.tree,
-            tensors=tensor_records(save.names, save.plan),
-            chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
-            data_bytes=data_bytes,
-            step=target.step,
-            lineage=target.lineage,
-            metrics=target.metrics,
-            metadata=target.metadata,
-            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-            versions={
-                "asyncsave": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-        )
-        commit(
-            self._filesystem,
-            draft,
-            rank_bytes,
-            checkpoint_bytes,
-            durable=self._durable,
-            replace=save.target.replace,
-        )
-        return data_bytes + len(rank_bytes) + len(checkpoint_bytes)
-
-    # -- encoder threads ----------------------------------------------------------------------
-
-    def _digest_all(self, group: Sequence[Staged]) -> Sequence[Frame]:
-        """Make the frames of chunks that are stored as they are."""
-        return [self._raw_frame(each) for each in group]
-
-    def _raw_frame(self, staged: Staged, known_digest: str = "") -> Frame:
-        chunk, slot, arena = staged.chunk, staged.slot, self._memory.slots
-        assert arena is not None
-        found = known_digest or digest(slot.array[: chunk.nbytes].data)
-        return Frame(chunk, arena, slot, chunk.nbytes, "raw", (chunk.nbytes,), found, found)
-
-    def _encode_one(
-        self, save: Save, staged: Staged, room: Slot, only_try: bool
-    ) -> Sequence[Frame]:
-        """Make the frame of one chunk, encoded into ``room``; or as it is, where that is shorter.
-
-        Args:
-            only_try: encode a piece into ``room``, for the chooser, and leave the chunk as it is.
-        """
-        chunk, slots, frames = staged.chunk, self._memory.slots, self._memory.frames
-        assert slots is not None
-        assert frames is not None
-        raw = staged.slot.array[: chunk.nbytes]
-        raw_digest = digest(raw.data)
-        part = raw[:TRY_BYTES] if only_try else raw
-        begun = time.perf_counter()
-        encoder = self._memory.encoders.get()
-        try:
-            coding = coding_for(chunk.dtype, self._byte_planes)
-            coding, parts = encoder.encode(part, coding, room.array)
-        finally:
-            self._memory.encoders.put(encoder)
-        length = sum(parts)
-        self._chooser.encoded(part.size, length, time.perf_counter() - begun)
-        if coding == "raw" or only_try:
-            save.release(frames, room)
-            return [self._raw_frame(staged, raw_digest)]
-        save.release(slots, staged.slot)
-        found = digest(room.array[:length].data)
-        return [Frame(chunk, frames, room, length, coding, parts, found, raw_digest)]
+    def _release(self) -> None:
+        """Give everything back. Saves that come too late for it fail."""
+        self.over = self.drained = True
+        self.refuse_rest()
+        for workers in self._workers:
+            workers.shutdown()
+        if self._loop is not None:
+            self._loop.close()
+        self._memory.close()
+        self._snapshotter.forget()
+        for each in self._then:
+            try:
+                each()
+            except Exception:
+                _log.exception("tidying up after the last save failed")
+        closed(self)  # last: at exit, what is open is waited for before errors are looked at
+        self._ended.set()
 
 
-def _runs(frames: Sequence[Frame]) -> Iterator[Sequence[Frame]]:
-    """Yield the frames in runs that lie end to end in memory."""
-    start = 0
-    for i in range(1, len(frames) + 1):
-        if i == len(frames) or not frames[i].follows(frames[i - 1]):
-            yield frames[start:i]
-            start = i
-
-
-def _release(semaphore: asyncio.Semaphore, count: int) -> None:
-    for _ in range(count):
-        semaphore.release()
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return a new one; OSError if there are no descriptors for it, of which none is lost."""
+    selector = selectors.DefaultSelector()
+    try:
+        for each in socket.socketpair():  # as it will open: a loop that cannot does not clean up
+            each.close()
+        return asyncio.SelectorEventLoop(selector)
+    except BaseException:
+        selector.close()
+        raise

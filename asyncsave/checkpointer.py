@@ -6,7 +6,6 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -15,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from .errors import (
     ConfigError,
     SaveError,
 )
-from .handle import SaveHandle
+from .handle import SaveHandle, ends_well
 from .listing import list_checkpoints
 from .memory import MemoryLimit, parse_limit
 from .outcomes import Outcomes
@@ -155,9 +154,8 @@ class Checkpointer:
         self._should_stop = self._has_begun = False
         self._begun: tuple[SaveHandle, Target] | None = None
         self._signals = StopSignals(signals)
-        with contextlib.ExitStack() as undo:
+        try:
             self._run = RunDirectory(self._filesystem, self._directory, policy, existing)
-            undo.callback(self._run.close)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -166,11 +164,15 @@ class Checkpointer:
                 durable=durable,
                 stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
             )
-            undo.pop_all()
-        self._finalizer = weakref.finalize(
-            self, _abandoned, self._pid, self._pipeline, self._run, self._signals
-        )
-        self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+            self._finalizer = weakref.finalize(
+                self, _abandoned, self._pid, self._pipeline, self._run, self._signals
+            )
+            self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+        except BaseException:  # an interrupt may come at any point of it
+            for name in ("_pipeline", "_run"):
+                if hasattr(self, name):
+                    getattr(self, name).close()
+            raise
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -185,7 +187,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.close()
+            self._close(seen=not ends_well(error))
         except Exception as failure:
             # the training's own exception is the one to see; this one goes with it
             error.add_note(f"asyncsave: a save had failed as well: {failure!r}")
@@ -222,6 +224,7 @@ class Checkpointer:
         if self._is_idle(step):
             return None
         with self._turn():
+            self._refuse_closed()
             self._signals.install(self._pipeline.call_soon)
             number = parse_step(step, state)
             if self._cadence.is_never:
@@ -271,6 +274,7 @@ class Checkpointer:
                 this one was begun.
         """
         with self._turn():
+            self._refuse_closed()
             number = parse_step(step, state)
             handle = self._save(number, state, metrics, metadata, on_busy=self._on_busy)
             if not block:
@@ -288,7 +292,8 @@ class Checkpointer:
             later.
         """
         with self._turn():
-            self._outcomes.raise_unseen()
+            self._refuse_closed()
+            self._outcomes.raise_unseen(self._pipeline.current)
             self._await_current()
             self._pipeline.prewarm(state)
 
@@ -299,9 +304,9 @@ class Checkpointer:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
         with self._turn():
-            current = self._pipeline.current
-            ended = current is None or current.wait_ended(timeout)
-            self._outcomes.raise_unseen()
+            self._refuse_closed()
+            ended = self._await_current(timeout)
+            self._outcomes.raise_unseen(self._pipeline.current)
             return ended
 
     def close(self) -> None:
@@ -310,18 +315,7 @@ class Checkpointer:
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
-        if self._pid != os.getpid():
-            return  # a forked child's copy has nothing
-        self._refuse_callbacks()
-        with self._mutex:
-            if self._closed:
-                return
-            self._finalizer.detach()
-            self._signals.close()
-            self._pipeline.close()
-            self._run.close()
-            self._closed = True
-            self._outcomes.raise_unseen()
+        self._close()
 
     # -- restoring ----------------------------------------------------------------------------
 
@@ -342,7 +336,8 @@ class Checkpointer:
             CheckpointNotFoundError: there is none of ``step``.
         """
         with self._turn():
-            self._outcomes.raise_unseen()
+            self._refuse_closed()
+            self._outcomes.raise_unseen(self._pipeline.current)
             self._await_current()
             path = self._run.find(step)
             if step is None and not self.steps():
@@ -367,7 +362,8 @@ class Checkpointer:
         See `asyncsave.load` for the arguments.
         """
         with self._turn():
-            self._outcomes.raise_unseen()
+            self._refuse_closed()
+            self._outcomes.raise_unseen(self._pipeline.current)
             self._await_current()
             return load_from(
                 self._filesystem,
@@ -474,28 +470,51 @@ class Checkpointer:
 
     def _note_uncertain(self) -> None:
         """A checkpoint that was put in place, if not known to be durable, is the last one, too."""
-        if self._begun is not None and isinstance(self._begun[0].peek_error(), CommitError):
+        if self._begun is not None and isinstance(self._begun[0]._error, CommitError):
             step = self._begun[0].step
             assert step is not None
             self._run.go_on_from(step, self._begun[1].lineage)
         self._begun = None
 
-    def _await_current(self) -> None:
-        if self._pipeline.current is not None:
-            self._pipeline.current.wait_ended()
+    def _await_current(self, timeout: float | None = None) -> bool:
+        current = self._pipeline.current
+        return current is None or current._wait_ended(timeout)
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Give one thread after the other its turn, if there is anything left to do."""
+    def _close(self, *, seen: bool = True) -> None:
+        if self._pid != os.getpid():
+            return  # a forked child's copy has nothing
+        self._refuse_callbacks()
+        with self._mutex:
+            if not self._closed:
+                # all of it may be done again, by who closes again after an interrupt
+                self._signals.close()
+                self._pipeline.close()
+                self._run.close()
+                self._finalizer.detach()
+                self._closed = True
+            self._outcomes.raise_unseen(self._pipeline.current, seen=seen)
+
+    def _turn(self) -> threading.RLock:
+        """Return what gives one thread after the other its turn.
+
+        It is a lock, which is taken and given back in one step. A context manager in Python could
+        be interrupted between its taking a lock and the statement's beginning.
+        """
         if self._pid != os.getpid():  # before the lock, which a thread of the parent may have held
             raise ClosedError("this Checkpointer belongs to the parent process; make one here")
         self._refuse_callbacks()
-        with self._mutex:
-            if self._closed:
-                raise ClosedError("this Checkpointer is closed; make a new one")
-            yield
+        return self._mutex
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ClosedError("this Checkpointer is closed; make a new one")
 
     def _refuse_callbacks(self) -> None:
+        if self._mutex._is_owned():  # type: ignore[attr-defined]
+            raise BusyError(
+                "this Checkpointer is at work in this thread already, and was interrupted (by a "
+                "signal's handler?) or calls back; set a flag there, which the training looks at"
+            )
         if self._pipeline.in_callback:
             raise BusyError(
                 "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
@@ -504,9 +523,9 @@ class Checkpointer:
 
     def _tell_unseen(self) -> None:
         if self._on_error == "warn":
-            self._outcomes.warn_unseen()
+            self._outcomes.warn_unseen(self._pipeline.current)
         else:
-            self._outcomes.raise_unseen()
+            self._outcomes.raise_unseen(self._pipeline.current)
 
     def _pass_over(self, path: Path, why: str) -> None:
         self._outcomes.stats.passed_over.append((path, why))
@@ -515,17 +534,12 @@ class Checkpointer:
 def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:
     """Close what belonged to a Checkpointer that was garbage-collected.
 
-    That may happen in any thread, even in one of the pipeline's, so a thread of its own waits.
+    That may happen in any thread, even in one of the pipeline's, so nobody waits for it.
     """
     if pid != os.getpid():
         return
     signals.close()
-
-    def close() -> None:
-        pipeline.close()
-        run.close()
-
-    threading.Thread(target=close, name="asyncsave-close", daemon=True).start()
+    pipeline.end(run.close)
     warnings.warn(
         f"the Checkpointer of {run.path} was dropped without close(); use it in a with statement",
         ResourceWarning,

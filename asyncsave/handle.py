@@ -2,23 +2,27 @@
 
 A failed save is remembered here until somebody has seen its error. At exit, open saves are
 finished; if an error was still not seen, it is printed and the exit status is non-zero.
+
+The training thread may be interrupted (Ctrl-C) at any point of a method. So nothing here takes a
+lock that the background needs, and an error counts as seen only when nothing can come between that
+and its being raised.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import collections
 import contextlib
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from .moment import Moment
 from .report import SaveReport
 
 _log = logging.getLogger("asyncsave")
@@ -37,13 +41,15 @@ class SaveHandle:
     def __init__(self, step: int | None, path: Path) -> None:
         self.step = step
         self.path = path
-        self._future: Future[SaveReport] = Future()
-        self._staged = threading.Event()
+        self._staged, self._ended = Moment(), Moment()
+        self._report: SaveReport | None = None
+        self._error: BaseException | None = None
+        self._callbacks: collections.deque[Callable[[SaveHandle], object]] = collections.deque()
 
     def __repr__(self) -> str:
         state = "running"
         if self.done():
-            state = "failed" if self._future.exception() else "durable"
+            state = "failed" if self._error else "durable"
         return f"<SaveHandle step={self.step} {state} {str(self.path)!r}>"
 
     def wait_staged(self, timeout: float | None = None) -> bool:
@@ -55,7 +61,7 @@ class SaveHandle:
 
     def done(self) -> bool:
         """Whether the save has ended: durable, or failed."""
-        return self._future.done()
+        return self._ended.is_set()
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """Wait until the checkpoint is durable and return what it cost.
@@ -68,80 +74,89 @@ class SaveHandle:
         error = self.exception(timeout)
         if error is not None:
             raise error
-        return self._future.result()
+        assert self._report is not None
+        return self._report
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait like `result`; return the error instead of raising it, or None."""
-        error = self._future.exception(timeout)
-        _unseen.discard(self)
-        return error
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"{self.path} is still being saved after {timeout} seconds")
+        unseen = self in _unseen
+        try:
+            _unseen.discard(self)
+        except BaseException:  # interrupted: the caller does not get it
+            if unseen:
+                _unseen.add(self)
+            raise
+        return self._error
 
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` when the save has ended, at once if it has.
 
         It is called in a thread of asyncsave. What it raises is logged.
         """
-
-        def call(_: Future[SaveReport]) -> None:
-            try:
-                callback(self)
-            except BaseException:  # SystemExit, too, would end the event loop
-                _log.exception("a done callback of %r raised", self)
-
-        self._future.add_done_callback(call)
+        self._callbacks.append(callback)
+        if self._ended.is_set():
+            self._call_back()
 
     def __await__(self) -> Generator[Any, None, SaveReport]:
         """``await handle`` in any event loop is `result` without blocking the loop."""
-        yield from asyncio.wait([asyncio.wrap_future(self._shield())]).__await__()
-        return self.result(0)
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()  # which may be cancelled; the save may not
 
-    def _shield(self) -> Future[None]:
-        # cancelling who waits must not cancel the save
-        ended: Future[None] = Future()
-
-        def end(_: Future[SaveReport]) -> None:
-            if ended.set_running_or_notify_cancel():
+        def end() -> None:
+            if not ended.done():
                 ended.set_result(None)
 
-        self._future.add_done_callback(end)
-        return ended
+        def tell(_: SaveHandle) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the save
+                loop.call_soon_threadsafe(end)
+
+        self.add_done_callback(tell)
+        yield from ended.__await__()
+        return self.result(0)
 
     # -- for the pipeline ---------------------------------------------------------------------
 
-    def set_staged(self) -> None:
+    def _set_staged(self) -> None:
         """Note that the snapshot is taken."""
         self._staged.set()
 
-    def set_report(self, report: SaveReport) -> None:
+    def _set_report(self, report: SaveReport) -> None:
         """End the save well."""
-        self._staged.set()
-        self._future.set_result(report)
+        self._report = report
+        self._end()
 
-    def set_error(self, error: BaseException, *, seen: bool) -> None:
+    def _set_error(self, error: BaseException, *, seen: bool) -> None:
         """End the save badly. ``seen``: the error was raised to the caller already."""
+        self._error = error
         if not seen:
             _unseen.add(self)
+        self._end()
+
+    def _end(self) -> None:
         self._staged.set()
-        self._future.set_exception(error)
+        self._ended.set()
+        self._call_back()
 
-    def wait_ended(self, timeout: float | None = None) -> bool:
+    def _call_back(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:  # another thread has called it
+                return
+            try:
+                callback(self)
+            except BaseException:  # SystemExit, too, would end the background
+                _log.exception("a done callback of %r raised", self)
+
+    def _wait_ended(self, timeout: float | None = None) -> bool:
         """Wait until the save has ended, well or badly, without looking; return whether it has."""
-        return not wait([self._future], timeout).not_done
+        return self._ended.wait(timeout)
 
-    def peek(self) -> SaveReport | None:
+    def _peek(self) -> SaveReport | None:
         """Return the report of a save that has ended; None if it failed."""
-        return None if self._future.exception() else self._future.result()
-
-    def peek_error(self) -> BaseException | None:
-        """Return the error of a save that has ended, without looking at it for the user."""
-        return self._future.exception()
-
-    def take_error(self) -> BaseException | None:
-        """Return the error of a save that failed, if nobody has seen it; it counts as seen then."""
-        if self not in _unseen:
-            return None
-        _unseen.discard(self)
-        return self._future.exception()
+        return self._report
 
 
 class _Closable(Protocol):
@@ -150,38 +165,118 @@ class _Closable(Protocol):
 
 _unseen: set[SaveHandle] = set()
 _open: set[_Closable] = set()
+_ending = Moment()
 
 
-def finish_at_exit(pipeline: _Closable) -> None:
-    """Close ``pipeline`` when the program ends, unless `closed` is called before."""
-    _open.add(pipeline)
+def raise_unseen(
+    handles: list[SaveHandle], current: SaveHandle | None, *, seen: bool = True
+) -> None:
+    """Raise the error of those that failed and that nobody has seen; forget all that have ended.
+
+    Args:
+        current: the save begun last; if it was interrupted, it may not be among ``handles``.
+        seen: what is raised counts as seen.
+    """
+    failed = [each for each in {*handles, current} if each is not None and each in _unseen]
+    handles[:] = [handle for handle in handles if not handle.done() or handle in _unseen]
+    errors = [handle._error for handle in failed if handle._error is not None]
+    if not errors:
+        return
+    for other in errors[1:]:
+        errors[0].add_note(f"another save failed as well: {other!r}")
+    try:
+        raise errors[0]
+    finally:
+        # An interrupt before this: they are raised at the next chance. After: it has the error as
+        # its context, and shows it.
+        if seen:
+            _unseen.difference_update(failed)
 
 
-def closed(pipeline: _Closable) -> None:
-    """Note that ``pipeline`` needs no closing at exit any more."""
-    _open.discard(pipeline)
+def ends_well(error: BaseException) -> bool:
+    """Whether a program that ends by this exception ends with status 0.
+
+    Then an error of a save must not count as seen, only since it was noted there: the exit handler
+    tells it, and makes the status what it should be.
+    """
+    return isinstance(error, SystemExit) and error.code in (None, 0)
+
+
+def finish_at_exit(saver: _Closable) -> None:
+    """Close ``saver`` when the program ends, unless `closed` is called before."""
+    _open.add(saver)
+    if _ending.is_set():
+        _LastWord.have()
+
+
+def closed(saver: _Closable) -> None:
+    """Note that ``saver`` needs no closing at exit any more."""
+    _open.discard(saver)
+
+
+def ending() -> bool:
+    """Whether the program ends, and nobody will finish what is begun from now on.
+
+    So it is in the exit handlers that were registered before asyncsave was imported: they run after
+    its own, and a save that is begun there must end in the call.
+    """
+    return _ending.is_set()
+
+
+class _LastWord:
+    """Stands in for ``sys.stderr`` when the program ends, to make the exit status non-zero.
+
+    After all exit handlers the interpreter flushes the standard streams, and if that fails the
+    status is 120, as is documented with ``sys.exit``. So the last flush fails if an error of a save
+    was not seen. ``os._exit`` would skip the exit handlers of other libraries, which remove their
+    temporary files and end their processes.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        if sys.is_finalizing():
+            self.tell()
+        self._stream.flush()
+        if self._failed and sys.is_finalizing():
+            raise RuntimeError("a save failed, and nobody asked for its result")
+
+    def tell(self) -> None:
+        """Print the errors that nobody saw."""
+        unseen = list(_unseen)
+        _unseen.difference_update(unseen)
+        for handle in unseen:
+            # or else the training's own exception has set the status already
+            self._failed = getattr(sys, "last_value", None) is None
+            print("asyncsave: a save failed, and nobody asked for its result:", file=self._stream)
+            traceback.print_exception(handle._error, file=self._stream)
+
+    @classmethod
+    def have(cls) -> _LastWord:
+        """Return the one that is in place."""
+        if not isinstance(sys.stderr, cls):
+            sys.stderr = cls(sys.stderr)
+        assert isinstance(sys.stderr, cls)
+        return sys.stderr
 
 
 def _finish() -> None:
-    for pipeline in list(_open):
+    for saver in list(_open):
         try:
-            pipeline.close()
+            saver.close()
         except Exception:
             _log.exception("closing a saver at exit failed")
-    errors = [error for handle in list(_unseen) if (error := handle.take_error()) is not None]
-    if not errors:
+    _ending.set()
+    if not _unseen:
         return
-    for error in errors:
-        print("asyncsave: a save failed, and nobody asked for its result:", file=sys.stderr)
-        traceback.print_exception(error, file=sys.stderr)
-    if getattr(sys, "last_value", None) is not None:
-        return  # the training's own exception has set the exit status already
-    # nothing but this changes the exit status from here; what it skips is done first
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(1)
+    if sys.stderr is None or getattr(sys.stderr, "closed", False):
+        os._exit(1)  # nobody could be told, and nothing is flushed there
+    _LastWord.have().tell()
 
 
 def _forget() -> None:

@@ -251,9 +251,10 @@ class Memory:
 
     def close(self) -> None:
         """Give everything back to the system."""
+        self._fitted = None  # first: what is closed by half, after an interrupt, serves nobody
         for arena in self.arenas:
             arena.close()
-        self.slots = self.frames = self.budget = self._fitted = None
+        self.slots = self.frames = self.budget = None
         with contextlib.suppress(queue.Empty):
             while True:
                 self.encoders.get_nowait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from .handle import SaveHandle
+from .handle import SaveHandle, raise_unseen
 from .report import Stats
 
 _log = logging.getLogger("asyncsave")
@@ -24,31 +24,30 @@ class Outcomes:
         """Keep a save that was begun."""
         self._handles.append(handle)
         stats = self.stats
-        handle.add_done_callback(lambda ended: stats.add(ended.peek()))
+        handle.add_done_callback(lambda ended: stats.add(ended._peek()))
 
     @property
     def has_ended(self) -> bool:
         """Whether a save has ended since the last look."""
         return any(handle.done() for handle in self._handles)
 
-    def raise_unseen(self) -> None:
-        """Raise the error of a save that has failed, with those of others in its notes."""
-        errors = self._take()
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"another save failed as well: {other!r}")
-            raise errors[0]
+    def raise_unseen(self, current: SaveHandle | None, *, seen: bool = True) -> None:
+        """Raise the error of a save that has failed, with those of others in its notes.
 
-    def warn_unseen(self) -> None:
+        Args:
+            current: the save that was begun last; if it was interrupted, it may not have been
+                added.
+            seen: what is raised counts as seen.
+        """
+        raise_unseen(self._handles, current, seen=seen)
+
+    def warn_unseen(self, current: SaveHandle | None) -> None:
         """Log the errors of saves that have failed; they count as seen then."""
-        for error in self._take():
+        try:
+            self.raise_unseen(current)
+        except Exception as error:
             _log.warning(
                 "a save failed, and the training goes on, as on_error='warn' says: %s",
                 error,
                 exc_info=error,
             )
-
-    def _take(self) -> list[BaseException]:
-        ended = [handle for handle in self._handles if handle.done()]
-        self._handles = [handle for handle in self._handles if not handle.done()]
-        return [error for handle in ended if (error := handle.take_error()) is not None]

@@ -60,18 +60,24 @@ class StopSignals:
         """
         if self._installed:
             return
-        self._installed, self._tell = True, tell
+        self._tell = tell
         if not self._wanted or _in_notebook():
+            self._installed = True
             return
         if threading.current_thread() is not threading.main_thread():
             _log.warning("signals are not handled: this is not the main thread")
+            self._installed = True
             return
         for number in self._wanted:
             try:
-                self._previous[number] = signal.signal(number, self._handle)
-            except (OSError, ValueError, TypeError) as cause:
-                self.close()
+                self._previous[number] = signal.getsignal(number)  # before: an interrupt loses none
+                signal.signal(number, self._handle)
+            except BaseException as cause:
+                self._put_back()
+                if not isinstance(cause, (OSError, ValueError, TypeError)):
+                    raise
                 raise ConfigError(f"signals: {number!r} cannot be handled: {cause}") from cause
+        self._installed = True
 
     def answered(self) -> None:
         """Note that the state is safe: another signal must not wait for that again."""
@@ -84,6 +90,9 @@ class StopSignals:
         would have done.
         """
         self._closed = True
+        self._put_back()
+
+    def _put_back(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number, previous in list(self._previous.items()):

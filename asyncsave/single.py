@@ -60,13 +60,15 @@ def save(
     except OSError as cause:
         raise write_error("create", target, cause) from cause
     pipeline = Pipeline(
-        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True, once=True
+        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True
     )
     try:
-        return pipeline.save(state, Target(target, replace=overwrite), began)
+        handle = pipeline.save(state, Target(target, replace=overwrite), began)
+        pipeline.end()
     except BaseException:
         pipeline.close()
         raise
+    return handle
 
 
 def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:

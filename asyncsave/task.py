@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +22,8 @@ from .storage.lineage import NO_LINEAGE, Lineage
 from .storage.manifest import ChunkRecord
 from .storage.writer import padded
 from .watchdog import Watchdog
+
+_log = logging.getLogger("asyncsave")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,21 @@ class Frame:
 
 
 class Save:
-    """The state of one save in flight. Slots and frames it has are in ``held`` until returned."""
+    """The state of one save in flight.
+
+    The thread that saves holds ``staging`` for as long as it copies, and sets ``complete`` as the
+    last thing in it. However it leaves (done, or by an error, or by an interrupt at any point), the
+    lock is free then: a ``with`` on it is entered and left in one step each. So the background
+    knows that nothing more will come, whether or not anybody could tell it; see `Stages.next`.
+
+    Attributes:
+        staging: held by the thread that saves; free once it has left.
+        staged: chunks that it has copied, in order.
+        wake: set when there may be more of them, or no more.
+        complete: it has copied all, or stopped since the save had ``failed``.
+        staging_error: what made it leave before that, if it could be noted.
+        failed: whoever works for this save may stop.
+    """
 
     def __init__(
         self,
@@ -93,46 +111,30 @@ class Save:
         self.watchdog = watchdog
         self.began = began
         self.late: LateCopies | None = None
-        self.queue: asyncio.Queue[Staged | None] = asyncio.Queue()
-        self.failed = threading.Event()
-        self.staging_over = threading.Event()
+        self.staging = threading.Lock()
+        self.staged: collections.deque[Staged] = collections.deque()
+        self.wake = asyncio.Event()
+        self.complete = False
         self.staging_error: BaseException | None = None
+        self.failed = False
         self.blocked_seconds = 0.0
         self.staged_seconds = 0.0
         self.chunks: dict[int, ChunkRecord] = {}
-        self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], tuple[Arena, Slot]] = {}
 
-    def hold(self, arena: Arena, slot: Slot | None) -> Slot | None:
-        """Note that the save has a slot now."""
-        if slot is not None:
-            with self._lock:
-                self._held[id(arena), slot.index] = arena, slot
-        return slot
-
-    def release(self, arena: Arena, slot: Slot) -> None:
-        """Return a slot."""
-        with self._lock:
-            del self._held[id(arena), slot.index]
-        arena.release(slot)
-
-    def release_all(self) -> None:
-        """Return whatever the save still has."""
-        with self._lock:
-            held = list(self._held.values())
-        for arena, slot in held:
-            self.release(arena, slot)
+    def has_failed(self) -> bool:
+        """Whether whoever waits for this save may give up."""
+        return self.failed
 
     def fail(self, arenas: Iterable[Arena]) -> None:
         """Stop whoever works for this save, or waits in one of ``arenas``."""
-        self.failed.set()
+        self.failed = True
         for arena in arenas:
             arena.wake()
 
     def note_staged(self) -> None:
         """Note that the snapshot is taken."""
         self.staged_seconds = self.elapsed()
-        self.handle.set_staged()
+        self.handle._set_staged()
 
     def report(self, stored_bytes: int, peak_memory_bytes: int) -> SaveReport:
         """Return what the save has cost, now that it is durable; waits for the fence's figures."""
@@ -141,7 +143,7 @@ class Save:
             step=self.target.step,
             path=self.target.path,
             blocked_seconds=self.blocked_seconds,
-            fence_seconds=0.0 if self.late is None else self.late.fence_seconds(),
+            fence_seconds=self._fence_seconds(),
             staged_seconds=self.staged_seconds,
             durable_seconds=durable_seconds,
             raw_bytes=self.plan.nbytes,
@@ -151,6 +153,17 @@ class Save:
             encoded_chunks=sum(chunk.coding != "raw" for chunk in self.chunks.values()),
             tensors=len(self.names),
         )
+
+    def _fence_seconds(self) -> float:
+        if self.late is None:
+            return 0.0
+        try:
+            return self.late.fence_seconds()
+        except Exception:
+            # The device is in an error of the training's, say. The checkpoint is durable all the
+            # same, and must not be called a failure for want of a figure.
+            _log.exception("how long the training stood at the fence is not known; it counts as 0")
+            return 0.0
 
     def elapsed(self) -> float:
         """Return the seconds since the save was called for."""

@@ -22,16 +22,22 @@ class Workers(Executor):
 
     Any thread may `submit`. The queue is as long as what the pipeline submits, which is bounded by
     its slots and frames.
+
+    Raises:
+        RuntimeError: the system lets no more threads start; those that had are gone.
     """
 
     def __init__(self, name: str, count: int) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
-            for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(count):
+                thread = threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.shutdown()
+            raise
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Run ``fn`` in one of the threads."""
@@ -42,8 +48,13 @@ class Workers(Executor):
                 return
             try:
                 future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # handed to whoever waits, as Executors do
+            except Exception as error:  # handed to whoever waits, as Executors do
                 future.set_exception(error)
+            except BaseException as error:
+                # SystemExit and KeyboardInterrupt end an event loop, whoever handles them in it
+                wrapped = RuntimeError(f"{error!r} was raised in a thread of asyncsave")
+                wrapped.__cause__ = error
+                future.set_exception(wrapped)
 
         self._tasks.put(task)
         return future

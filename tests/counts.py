@@ -9,6 +9,7 @@ WORDS = {
     "images": "crash images checked",
     "kills": "kills survived",
     "flips": "bytes flipped",
+    "interrupts": "interrupts survived",
     "hostile": "hostile files refused",
 }
 

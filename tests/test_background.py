@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import asyncsave
-from asyncsave.background import _runs
 from asyncsave.snapshot.arena import Arena
+from asyncsave.stages import _runs
 from asyncsave.state.plan import Chunk
 from asyncsave.task import Frame
 

@@ -380,7 +380,7 @@ def test_a_rename_before_the_manifests_is_noticed(
         if old is not None:
             filesystem.remove_tree(old)
 
-    monkeypatch.setattr("asyncsave.background.commit", early)
+    monkeypatch.setattr("asyncsave.stages.commit", early)
     assert notices(scenario, tmp_path)
 
 
@@ -392,7 +392,7 @@ def test_pruning_before_the_commit_is_noticed(
         prune(filesystem, draft.target.parent, steps[: -(KEEP - 1)])
         commits.commit(filesystem, draft, *arguments, **options)
 
-    monkeypatch.setattr("asyncsave.background.commit", greedy)
+    monkeypatch.setattr("asyncsave.stages.commit", greedy)
     assert notices(SCENARIOS["run"], tmp_path)
 
 

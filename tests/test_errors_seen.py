@@ -173,7 +173,7 @@ fail.on = False
 print("end of training")
 """
     ended = program(text, tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == 120
     assert ended.stdout == "end of training\n"
     assert ended.stderr.count("nobody asked for its result") == 2
     assert ended.stderr.count("DiskFullError") == 2
@@ -183,9 +183,9 @@ print("end of training")
 @pytest.mark.parametrize(
     ("end", "status", "word"),
     [
-        ("sys.exit(3)", 1, ""),  # what was asked for cannot be known at exit; it is non-zero
+        ("sys.exit(3)", 120, ""),  # what was asked for cannot be known at exit; it is non-zero
         ("raise KeyError('mine')", 1, "KeyError: 'mine'"),
-        ("sys.exit(0)", 1, ""),
+        ("sys.exit(0)", 120, ""),
         ("raise KeyboardInterrupt", -2, "KeyboardInterrupt"),
     ],
 )
@@ -215,7 +215,7 @@ fail.operations.clear(); fail.at = 5; fail.on = True  # in the background
 asyncsave.save(state, directory + "/bad")
 """
     ended = program(text, tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == 120
     assert ended.stderr.count("nobody asked for its result") == 1
     assert asyncsave.verify(tmp_path / "good").chunks == 1
     assert sorted(os.listdir(tmp_path)) == ["good"]

@@ -263,7 +263,7 @@ handle.wait_staged(); print("end of training")
 
 def test_a_failure_that_nobody_saw_makes_the_exit_status_non_zero(tmp_path: Path) -> None:
     ended = program(FAILING, tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == 120
     assert ended.stdout == "end of training\n"
     assert "WriteError" in ended.stderr
     assert "nobody asked for its result" in ended.stderr
@@ -271,7 +271,7 @@ def test_a_failure_that_nobody_saw_makes_the_exit_status_non_zero(tmp_path: Path
 
 def test_a_failure_at_exit_does_not_hide_the_trainings_exception(tmp_path: Path) -> None:
     ended = program(FAILING + "\nraise KeyError('mine')", tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == 120
     assert "KeyError: 'mine'" in ended.stderr
     assert "WriteError" in ended.stderr
 

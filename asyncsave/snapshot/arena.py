@@ -77,7 +77,9 @@ class Arena:
         self.count = count
         self._pin = pin
         self._memory: Bytes | None = pages(slot_bytes * count)
-        self._changed = threading.Condition()
+        # Locks of C, and not a Condition: an interrupt in its Python code would leave it locked.
+        self._lock = threading.Lock()
+        self._bell = threading.Lock()  # free: it has rung since somebody last waited for it
         self._slots: list[Slot | None] = [None] * count
         # last is first: a slot that was just used is warm, one that never was costs memory
         self._free = collections.OrderedDict.fromkeys(reversed(range(count)))
@@ -92,7 +94,7 @@ class Arena:
     @property
     def free(self) -> int:
         """Slots that are not out."""
-        with self._changed:
+        with self._lock:
             return len(self._free)
 
     def acquire(
@@ -107,32 +109,36 @@ class Arena:
         Returns None if none is free and ``wait`` is off, or once ``give_up()`` is true; call
         `wake` when that may have changed.
         """
-        with self._changed:
-            while not self._free:
-                if not wait or give_up():
-                    return None
-                self._changed.wait()
-            index = -1 if prefer is None else prefer % self.count
-            if index in self._free:
-                del self._free[index]
-            else:
-                index, _ = self._free.popitem()
-            slot = self._slots[index]
-            if slot is None:
-                try:
-                    slot = self._slots[index] = self._make(index)
-                except BaseException:
-                    self._free[index] = None
-                    raise
-            return slot
+        slot: Slot | None = None
+        while True:
+            with self._lock:
+                if self._free:
+                    slot = self._take(prefer)
+            if slot is not None or not wait or give_up():
+                break
+            self._bell.acquire()
+        if wait:
+            self._ring()  # for others who wait: it rings once for several slots
+        return slot
 
     def release(self, slot: Slot) -> None:
         """Give a slot back."""
-        with self._changed:
+        with self._lock:
             if slot.index in self._free:
                 raise RuntimeError(f"slot {slot.index} was released twice")
             self._free[slot.index] = None
-            self._changed.notify_all()
+        self._ring()
+
+    def reclaim(self) -> None:
+        """Take all slots back, from whoever had them: nobody touches them any more.
+
+        It needs no record of who has which. None could be right: an interrupt may come between a
+        slot's being taken out and its being noted.
+        """
+        with self._lock:
+            for index in range(self.count):
+                self._free.setdefault(index)
+        self._ring()
 
     def view(self, first: Slot, nbytes: int) -> memoryview:
         """Return ``nbytes`` from the start of a slot, on into those that follow it in memory."""
@@ -142,12 +148,11 @@ class Arena:
 
     def wake(self) -> None:
         """Let waiting `acquire` calls look at ``give_up`` again."""
-        with self._changed:
-            self._changed.notify_all()
+        self._ring()
 
     def touch(self) -> None:
         """Take all memory from the system (and pin it) now, instead of during the first save."""
-        with self._changed:
+        with self._lock:
             for index in self._free:
                 if self._slots[index] is None:
                     slot = self._slots[index] = self._make(index)
@@ -156,13 +161,32 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back to the system. No slot may be out."""
-        with self._changed:
+        with self._lock:
             for pointer in self._registered:
                 torch.cuda.cudart().cudaHostUnregister(pointer)
             self._registered.clear()
             self._slots = []
             self._free.clear()
             self._memory = None  # unmapped when the last view of it is gone
+
+    def _take(self, prefer: int | None) -> Slot:
+        index = -1 if prefer is None else prefer % self.count
+        if index in self._free:
+            del self._free[index]
+        else:
+            index, _ = self._free.popitem()
+        slot = self._slots[index]
+        if slot is None:
+            try:
+                slot = self._slots[index] = self._make(index)
+            except BaseException:
+                self._free[index] = None
+                raise
+        return slot
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has rung already
+            self._bell.release()
 
     def _make(self, index: int) -> Slot:
         assert self._memory is not None
@@ -173,8 +197,9 @@ class Arena:
             )
         if self._pin:
             self._register(tensor)
+        slot = Slot(index, tensor)
         self.allocated += 1
-        return Slot(index, tensor)
+        return slot
 
     def _register(self, tensor: torch.Tensor) -> None:
         status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))

@@ -203,7 +203,8 @@ class Fence:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # a signal's handler that saves elsewhere may come while this thread holds it
+        self._lock = threading.RLock()
         self._pending: list[LateCopies] = []
         self._hook: Any = None
 

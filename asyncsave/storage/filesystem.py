@@ -200,16 +200,15 @@ class LocalFileSystem:
         return LocalReadable(path)
 
     def lock(self, path: Path) -> Lock | None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = _LocalLock()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+            lock.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if not lock.take():
+                return None
+        except BaseException:  # an interrupt, too, must not leave it locked
+            lock.release()
             raise
-        except OSError:
-            os.close(descriptor)
-            return None
-        return _LocalLock(descriptor)
+        return lock
 
 
 async def _open_direct(path: Path, executor: Executor) -> Any:
@@ -262,12 +261,25 @@ class _LocalLock:
 
     _held: ClassVar[weakref.WeakSet[_LocalLock]] = weakref.WeakSet()
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: int | None = descriptor
+    descriptor: int | None = None
+
+    def __init__(self) -> None:
         self._held.add(self)
 
+    def take(self) -> bool:
+        """Lock it; whether the filesystem has locks. BlockingIOError: somebody else holds it."""
+        assert self.descriptor is not None
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            self.release()
+            return False
+        return True
+
     def release(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
