@@ -27,7 +27,7 @@ from .errors import (
     WriteError,
 )
 from .handle import SaveHandle
-from .report import SaveReport, Stats, TuneReport, TuneRow, VerifyReport
+from .report import RestoreReport, SaveReport, Stats, TuneReport, TuneRow, VerifyReport
 from .restore import load, restore, verify
 from .single import save
 from .state.rng import RngState
@@ -48,6 +48,7 @@ __all__ = [
     "IntegrityError",
     "LoadError",
     "MismatchError",
+    "RestoreReport",
     "RngState",
     "SaveError",
     "SaveHandle",

@@ -1,19 +1,21 @@
 """Leaves: values with bulk out of a checkpoint. New ones, or into live ones.
 
 `NewLeaves` are new tensors: leaves whose addresses overlap become views of one new storage, so
-ties come back as ties. `fill_run` aims a read at a live tensor's own memory, or, where that has
-another layout or is on a device, at memory on the way there.
+ties come back as ties. `fill_runs` aims reads at live tensors' own memory where a tensor is all
+that lies between its first byte and its last one; elsewhere (another layout, gaps with other
+values, a device, another dtype) at memory on the way there, from which `put` copies the elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from .errors import FormatError, LoadError
+from .live import Bulk, Fill, extent
 from .snapshot.arena import Bytes
 from .snapshot.snapshotter import INTEGERS, byte_alias
 from .state.nodes import numpy_dtype
@@ -30,23 +32,11 @@ class NewLeaves:
 
     def __init__(self, tensors: Sequence[TensorRecord], indices: Sequence[int]) -> None:
         self._tensors = tensors
-        self._blocks = blocks = list[Block]()
-        empty = [i for i in indices if not extent_bytes(tensors[i])]
-        full = [i for i in indices if extent_bytes(tensors[i])]
-        for i in sorted(full, key=lambda i: tensors[i].shards[0].start):
-            start = tensors[i].shards[0].start
-            stop = start + extent_bytes(tensors[i])
-            if not blocks or start >= blocks[-1].stop:
-                blocks.append(Block(start, stop))
-            blocks[-1].stop = max(blocks[-1].stop, stop)
-            blocks[-1].members.append(i)
-        for i in empty:
-            blocks.append(Block(0, 0))
-            blocks[-1].members.append(i)
+        self._blocks = _blocks(tensors, indices)
         self.runs: list[Run] = []
-        for block in blocks:
-            block.allocate(tensors)
-            self.runs.append(Run(block.start, block.stop - block.start, block.array()))
+        with torch.inference_mode(False):  # else what is loaded could never be trained
+            for block in self._blocks:
+                self.runs.append(Run(block.start, block.stop - block.start, block.array()))
 
     @property
     def nbytes(self) -> int:
@@ -56,41 +46,64 @@ class NewLeaves:
     def values(self, device: torch.device) -> dict[int, Any]:
         """Return the leaves, by index, once the runs are filled; torch's on ``device``."""
         made: dict[int, Any] = {}
-        for block in self._blocks:
-            if device.type != "cpu" and all(
-                self._tensors[i].kind == "torch" for i in block.members
-            ):
-                block.memory = block.memory.to(device)
-            for i in block.members:
-                made[i] = block.value(self._tensors[i])
+        with torch.inference_mode(False):
+            for block in self._blocks:
+                if device.type != "cpu" and all(
+                    self._tensors[i].kind == "torch" for i in block.members
+                ):
+                    block.memory = block.memory.to(device)
+                for i in block.members:
+                    made[i] = block.value(self._tensors[i])
         return made
+
+
+def _blocks(tensors: Sequence[TensorRecord], indices: Iterable[int]) -> list[Block]:
+    """Return the blocks that leaves are in: those that overlap are in one."""
+    blocks: list[Block] = []
+    spans = [(tensors[i].shards[0].start, extent_bytes(tensors[i]), i) for i in indices]
+    for start, nbytes, i in sorted(span for span in spans if span[1]):
+        if not blocks or start >= blocks[-1].stop:
+            blocks.append(Block(start, start + nbytes))
+        blocks[-1].stop = max(blocks[-1].stop, start + nbytes)
+        blocks[-1].members.append(i)
+    for _, nbytes, i in spans:
+        if not nbytes:
+            blocks.append(Block(0, 0))
+            blocks[-1].members.append(i)
+    for block in blocks:
+        block.align(tensors)
+    return blocks
 
 
 class Block:
     """Memory for addresses that were one piece of memory when they were saved."""
 
+    __slots__ = ("_bytes", "_pad", "members", "memory", "start", "stop")
+
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
         self.stop = stop
         self.members: list[int] = []
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = _NOTHING
         self._pad = 0
-        self._bytes: dict[int, bytes] = {}
+        self._bytes: dict[int, bytes] | None = None
 
-    def allocate(self, tensors: Sequence[TensorRecord]) -> None:
-        """Take memory such that every member is aligned to its elements."""
+    def align(self, tensors: Sequence[TensorRecord]) -> None:
+        """Find where in its memory it must begin, for every member to be aligned."""
+        if len(self.members) == 1:
+            return
         items = [(tensors[i].shards[0].start, item_bytes(tensors[i])) for i in self.members]
         items = [(start, width) for start, width in items if width <= 16]
         for pad in range(16):
             if all((start - self.start + pad) % width == 0 for start, width in items):
                 self._pad = pad
-                break
-        else:
-            raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
-        self.memory = _memory(self.stop - self.start + self._pad)
+                return
+        raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
 
     def array(self) -> Bytes:
-        return self.memory.numpy()[self._pad :]
+        """Take the memory."""
+        self.memory = _memory(self.stop - self.start + self._pad)
+        return self.memory.numpy()[self._pad :] if self._pad else self.memory.numpy()
 
     def value(self, record: TensorRecord) -> Any:
         """Return the leaf of a record, sharing this memory."""
@@ -100,6 +113,8 @@ class Block:
         raw = self.memory.numpy()[offset : offset + extent_bytes(record)]
         if record.kind == "bytes":
             # bytes with the same start are the same, and one object suffices
+            if self._bytes is None:
+                self._bytes = {}
             if offset not in self._bytes:
                 self._bytes[offset] = raw.tobytes()
             return self._bytes[offset]
@@ -108,9 +123,12 @@ class Block:
         return raw.view(numpy_dtype(record.dtype)).reshape(record.shape)
 
 
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
 def _memory(nbytes: int) -> torch.Tensor:
     try:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     except RuntimeError as cause:
         raise LoadError(f"there is no memory for a tensor of {nbytes} bytes: {cause}") from cause
 
@@ -138,44 +156,91 @@ def _row_major(shape: Sequence[int]) -> list[int]:
     return strides[::-1]
 
 
-def fill_run(record: TensorRecord, into: torch.Tensor | np.ndarray[Any, Any]) -> Run:
-    """Return the run that fills a live tensor or array: in its own memory, if that fits."""
-    start, nbytes = record.shards[0].start, extent_bytes(record)
+# -- into live memory -----------------------------------------------------------------------------
+
+
+def fill_runs(tensors: Sequence[TensorRecord], fills: Sequence[Fill]) -> list[Run]:
+    """Return the runs that fill live tensors and arrays, whose elements are nobody else's."""
+    runs: list[Run] = []
+    detours: dict[int, list[Fill]] = {}
+    for fill in fills:
+        record = tensors[fill.index]
+        memory = _own_memory(record, fill)
+        if memory is None:
+            detours.setdefault(fill.index, []).append(fill)
+        else:
+            runs.append(Run(record.shards[0].start, memory.nbytes, memory))
+    # what overlaps is read once: a hundred columns of one tensor would be a hundred of it
+    for block in _blocks(tensors, detours):
+        members = [fill for i in block.members for fill in detours[i]]
+        runs.append(_detour(tensors, block, members))
+    return runs
+
+
+def _own_memory(record: TensorRecord, fill: Fill) -> Bytes | None:
+    """Return the memory of a live value, if the stored bytes in their order are all of it."""
+    into, strides = fill.into, record.shards[0].strides
+    if fill.cast:
+        return None
     if isinstance(into, np.ndarray):
-        if into.flags.c_contiguous:
-            return Run(start, nbytes, into.reshape(-1).view(np.uint8) if nbytes else _empty())
-        return _detour(record, start, nbytes, lambda new: np.copyto(into, new))
-    strides = record.shards[0].strides
-    same = into.is_contiguous() if strides is None else list(into.stride()) == strides
-    if same and into.is_cpu and not into.is_conj() and not into.is_neg():
-        offset = int(into.storage_offset()) * into.element_size()
-        return Run(start, nbytes, byte_alias(into, offset, nbytes).numpy() if nbytes else _empty())
-
-    def put(new: torch.Tensor) -> None:
-        as_integers = INTEGERS.get(into.element_size())
-        with torch.no_grad():
-            if as_integers is None or into.is_conj() or into.is_neg():
-                into.copy_(new)
-            else:
-                into.view(as_integers).copy_(new.view(as_integers))
-
-    return _detour(record, start, nbytes, put)
+        return into.reshape(-1).view(np.uint8) if into.flags.c_contiguous and into.size else None
+    if not into.is_cpu or into.is_conj() or into.is_neg():
+        return None
+    if strides is None:
+        if not into.is_contiguous():
+            return None
+    elif list(into.stride()) != strides or extent(into.shape, into.stride()) != into.numel():
+        return None
+    nbytes = into.numel() * into.element_size()
+    if not nbytes:
+        return None
+    offset = int(into.storage_offset()) * into.element_size()
+    return byte_alias(into, offset, nbytes).numpy()
 
 
-def _empty() -> Bytes:
-    return np.empty(0, np.uint8)
-
-
-def _detour(record: TensorRecord, start: int, nbytes: int, put: Callable[[Any], None]) -> Run:
+def _detour(tensors: Sequence[TensorRecord], block: Block, fills: Sequence[Fill]) -> Run:
     """Return a run that fills memory of its own, and then puts it where it belongs."""
-    block = Block(start, start + nbytes)
-
-    def memory() -> Bytes:
-        block.memory = _memory(nbytes)
-        return block.array()
 
     def finish() -> None:
-        put(block.value(record).detach() if record.kind == "torch" else block.value(record))
-        block.memory = torch.empty(0, dtype=torch.uint8)
+        for fill in fills:
+            put(fill, block.value(tensors[fill.index]))
+        block.memory = _NOTHING
 
-    return Run(start, nbytes, memory, finish)
+    return Run(block.start, block.stop - block.start, block.array, finish)
+
+
+def put(fill: Fill, new: Any) -> None:
+    """Copy a value that a live tensor or array can hold into it, and into nothing beside it."""
+    into = fill.into
+    if isinstance(into, np.ndarray):
+        into[...] = new
+        return
+    # an inference tensor can be changed in this mode only, and no other kind should be
+    with torch.no_grad(), torch.inference_mode(into.is_inference()):
+        if fill.index < 0:
+            into.fill_(new)
+            return
+        new = new.detach()
+        integers = INTEGERS.get(into.element_size())
+        if integers is None or fill.cast or into.is_conj() or into.is_neg():
+            into.copy_(new)
+        else:
+            into.view(integers).copy_(new.view(integers))
+
+
+def plain_bytes(fill: Fill, new: Any) -> Any:
+    """Return what ``put`` would write: of each element the bytes, as a last dimension."""
+    into: Bulk = fill.into
+    if isinstance(into, np.ndarray):
+        there: Any = np.empty(into.shape, into.dtype)
+        put(Fill(fill.name, there, fill.index, cast=fill.cast), new)
+        return there.reshape(-1).view(np.uint8).reshape(*into.shape, into.itemsize)
+    with torch.inference_mode(False):
+        held = torch.empty(into.shape, dtype=into.dtype, device="cpu")
+        put(Fill(fill.name, held, fill.index, cast=fill.cast), new)
+        if into.is_conj():
+            held = held.conj().resolve_conj()
+        if into.is_neg():
+            held = held.neg()
+        flat = byte_alias(held, 0, held.numel() * held.element_size()).numpy()
+        return flat.reshape(*into.shape, into.element_size())

@@ -1,4 +1,4 @@
-"""Reports: what a save cost, what a verification read, what a run added up to, what tune found."""
+"""Reports: what a save cost, what a restore and a verification did, sums, what tune found."""
 
 from __future__ import annotations
 
@@ -49,6 +49,29 @@ class SaveReport:
     def ratio(self) -> float:
         """Raw bytes for each stored byte; above 1 is smaller on disk."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """What a restore did. Names are fqns in the state that was filled.
+
+    Attributes:
+        path: the checkpoint.
+        step: the training step, or None for a checkpoint without one.
+        loaded: tensors and arrays that were filled, objects that loaded, values that were replaced.
+        missing: what only the state has; it stays as it was.
+        unexpected: what only the checkpoint has.
+        cast: tensors whose dtype was converted.
+        seconds: how long it took.
+    """
+
+    path: Path
+    step: int | None
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    cast: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

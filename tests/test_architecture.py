@@ -30,8 +30,15 @@ ORDER = [
     "workers",
     "background",
     "pipeline",
+    "live",
     "leaves",
+    "tangle",
+    "modules",
+    "optimizers",
+    "hints",
+    "rename",
     "match",
+    "apply",
     "restore",
     "single",
     "sample",
@@ -126,6 +133,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
     documented = {
         *("save", "load", "restore", "verify", "Checkpointer", "SaveHandle", "SaveReport"),
         *(
+            "RestoreReport",
             "VerifyReport",
             "Stats",
             "TuneReport",
