@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -33,8 +33,8 @@ from .errors import (
 from .handle import SaveHandle
 from .memory import MemoryLimit, parse_limit
 from .pipeline import Pipeline
-from .report import Stats
-from .restore import PathLike, load_from, restore_from
+from .report import RestoreReport, Stats
+from .restore import PathLike, Wish, load_from, restore_from
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import encode_plain
@@ -275,32 +275,38 @@ class Checkpointer:
 
     # -- restoring ----------------------------------------------------------------------------
 
-    def restore(self, state: Any, *, step: int | None = None, strict: bool = True) -> int | None:
-        """Fill ``state`` from the newest checkpoint that verifies, or from that of ``step``.
+    def restore(
+        self,
+        state: Any,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        cast: bool = False,
+        report: Callable[[RestoreReport], None] | None = None,
+    ) -> int | None:
+        """Fill ``state`` from the newest checkpoint that verifies, or ``step``'s; return its step.
 
-        See `asyncsave.restore` for how. Checkpoints that were passed over because they are damaged
-        are logged and noted in ``stats.passed_over``.
-
-        Returns:
-            Its step; None if the run has no checkpoint.
+        See `asyncsave.restore` for how, and for the arguments. If the run has no checkpoint, the
+        result is None. Damaged ones that were passed over are logged, and in ``stats.passed_over``.
 
         Raises:
-            MismatchError: it does not fit ``state``; nothing was changed.
-            IntegrityError, FormatError: there are checkpoints, and all are damaged.
-            CheckpointNotFoundError: there is none of ``step``.
+            LoadError: as `asyncsave.restore`; damage only if all checkpoints are damaged.
         """
+        wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
         with self._turn():
             self._await_current()
             if step is None and not self.steps():
                 return None
-            restored = restore_from(
+            self._retention.restored = restored = restore_from(
                 self._filesystem,
                 self._retention.path(step),
                 state,
-                strict=strict,
-                passed_over=self._pass_over,
+                wish,
+                report=report,
+                passed_over=lambda *each: self._stats.passed_over.append(each),
             )
-            self._retention.restored = restored
             self._cadence.restart()
             return restored
 
@@ -322,7 +328,7 @@ class Checkpointer:
                 self._retention.path(step),
                 keys=keys,
                 device=device,
-                passed_over=self._pass_over,
+                passed_over=lambda *each: self._stats.passed_over.append(each),
             )
 
     def steps(self) -> list[int]:
@@ -426,9 +432,6 @@ class Checkpointer:
             for other in errors[1:]:
                 errors[0].add_note(f"another save failed as well: {other!r}")
             raise errors[0]
-
-    def _pass_over(self, path: Path, why: str) -> None:
-        self._stats.passed_over.append((path, why))
 
 
 def _count(stats: Stats, handle: SaveHandle) -> None:
