@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .state.nodes import CONTAINERS, Node
+from .state.nodes import CONTAINERS, Node, TensorNode
 from .state.select import OMITTED, names
+from .storage.manifest import TensorRecord
 
 _FIRST = 20  # each takes time
 _COMPARED = 10_000
@@ -47,47 +48,69 @@ def close_names(saved: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return lines
 
 
-def hints(saved: Sequence[str], absent: Mapping[str, Any]) -> list[str]:
+def hints(tree: Node, tensors: Sequence[TensorRecord], absent: Mapping[str, Any]) -> list[str]:
     """Return how to restore parts of a state whose names the checkpoint has elsewhere."""
-    there = set(saved)
-    lines = []
-    for name, value in list(absent.items())[:_FIRST]:
-        own = _live_names(value)
-        place, count = _elsewhere(own, saved, there)
+    saved = _shapes(tree, tensors)
+    lines: list[str] = []
+    parts = list(absent.items())[:_FIRST]
+    while parts:
+        name, value = parts.pop(0)
+        own = _live_shapes(value)
+        place, count = _elsewhere(own, saved)
         if place is not None and place != name and 2 * count >= len(own):
             lines.append(
                 f"{name or 'the state itself'}: the checkpoint has {count} of its {len(own)} "
                 f"names under {place!r}: use rename={{{place!r}: {name!r}}}, and keys= if nothing "
                 "else is wanted"
             )
+        elif isinstance(value, dict) and len(lines) + len(parts) < _FIRST:
+            prefix = f"{name}." if name else ""
+            inside = [(f"{prefix}{key}", item) for key, item in value.items()]
+            parts += [part for part in inside if part[0] not in absent and _live_shapes(part[1])]
     return lines
 
 
-def _elsewhere(own: Sequence[str], saved: Sequence[str], there: set[str]) -> tuple[str | None, int]:
-    """Return under which name of the checkpoint most of ``own`` are, and how many."""
+def _shapes(tree: Node, tensors: Sequence[TensorRecord]) -> dict[str, Any]:
+    """Return the shapes of what is in a saved tree, by fqn; None for plain values."""
+    wanted = set(leaf_names(tree))
+    return {
+        name: tensors[node.i].shape if isinstance(node, TensorNode) else None
+        for name, node in names(tree)
+        if name in wanted
+    }
+
+
+def _elsewhere(own: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Return below which name of the checkpoint most of ``own`` are, and how many."""
     best, most = None, 0
-    for key in {*own[:1], *own[len(own) // 2 : len(own) // 2 + 1], *own[-1:]}:
+    keys = list(own)
+    tried = set()
+    for key in {*keys[:1], *keys[len(keys) // 2 :][:1], *keys[-1:]}:
         for name in saved:
-            if name == key or name.endswith(f".{key}"):
-                place = name[: -len(key) - 1]
-                count = sum((f"{place}.{each}" if place else each) in there for each in own)
-                if count > most or (count == most and best is not None and place < best):
-                    best, most = place, count
+            place = name[: -len(key) - 1]
+            if (name != key and not name.endswith(f".{key}")) or place in tried:
+                continue
+            tried.add(place)
+            prefix = f"{place}." if place else ""
+            count = sum(saved.get(prefix + each, ()) == shape for each, shape in own.items())
+            if count > most:
+                best, most = place, count
     return best, most
 
 
-def _live_names(value: Any) -> list[str]:
-    """Return the names of what is in a live value, as they are below it."""
-    if isinstance(value, torch.nn.Module):
-        state = value.state_dict()
-        return [key for key in state if isinstance(key, str)]
+def _live_shapes(value: Any) -> dict[str, Any]:
+    """Return the shapes of what is in a live value, by the names that it has below it."""
     items: Any = ()
-    if isinstance(value, dict):
+    if isinstance(value, torch.nn.Module):
+        items = value.state_dict().items()
+    elif isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    found = []
+    found: dict[str, Any] = {}
     for key, item in items:
-        inner = _live_names(item)
-        found += [f"{key}.{each}" for each in inner] if inner else [str(key)]
+        if inner := _live_shapes(item):
+            found.update((f"{key}.{each}", shape) for each, shape in inner.items())
+        else:
+            found[str(key)] = list(item.shape) if hasattr(item, "shape") else None
     return found

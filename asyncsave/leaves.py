@@ -213,7 +213,8 @@ def put(fill: Fill, new: Any) -> None:
     """Copy a value that a live tensor or array can hold into it, and into nothing beside it."""
     into = fill.into
     if isinstance(into, np.ndarray):
-        into[...] = new
+        with np.errstate(over="ignore"):  # a cast to a narrower dtype may end at infinity
+            into[...] = new
         return
     # an inference tensor can be changed in this mode only, and no other kind should be
     with torch.no_grad(), torch.inference_mode(into.is_inference()):

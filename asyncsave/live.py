@@ -137,7 +137,8 @@ def holds(into: Bulk, number: Any) -> bool:
     """Whether an element of ``into`` can be exactly ``number``."""
     try:
         if isinstance(into, np.ndarray):
-            back = np.array(number, into.dtype).item()
+            with np.errstate(over="ignore"):
+                back = np.array(number, into.dtype).item()
         else:
             back = torch.tensor(number, dtype=into.dtype, device="cpu").item()
     except (OverflowError, RuntimeError, ValueError):

@@ -115,7 +115,7 @@ class Match:
                 f"and the state has {some(self.missing) if self.missing else 'nothing'}",
             ]
         if self.reasons and self.absent:
-            self.reasons[:0] = hints(leaf_names(tree), self.absent)
+            self.reasons[:0] = hints(tree, self.tensors, self.absent)
 
     @property
     def found(self) -> int:

@@ -153,7 +153,8 @@ def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
         return _with(node, [(name, part)], where)
     if isinstance(part, _DICTS) and any(label.startswith(f"{name}.") for label in labels):
         flat = _flat(part, {label[len(name) + 1 :] for label in labels})
-        return _with(node, [(f"{name}.{label}", value) for label, value in children(flat)], where)
+        above = where.removesuffix(name).rstrip(".")
+        return _with(node, [(f"{name}.{label}", value) for label, value in children(flat)], above)
     raise _RefusedError(f"the state has nothing called {where!r}")
 
 
@@ -204,7 +205,7 @@ def _merged(one: Node, other: Node, where: str) -> Node:
     if isinstance(other, ObjectNode):
         other = other.state
     if not isinstance(one, _DICTS) or not isinstance(other, _DICTS):
-        raise _RefusedError(f"two values of the checkpoint would be {where.lstrip('.')!r}")
+        raise _RefusedError(f"two values of the checkpoint would be {where.strip('.')!r}")
     return _with(one, zip(other.keys, other.values, strict=True), where)
 
 
