@@ -237,6 +237,28 @@ def test_numpy_arrays_that_cannot_be_filled(tmp_path: Path) -> None:
     assert np.array_equal(apart, np.arange(6.0).reshape(2, 3))
 
 
+def test_many_small_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
+    """They are read together: what is between them, and in other dtypes, is not lost or mixed."""
+    memory, state, into = Memory(1 << 16), {}, {}
+    for i in range(300):
+        dtype = [torch.float32, torch.int64, torch.bfloat16, torch.bool][i // 20 % 4]
+        shape = [(), (1,), (2, 2), (3,)][i % 4]
+        view = memory.tensor(dtype, shape, torch.empty(shape).stride(), i * 128 // dtype.itemsize)
+        state[str(i)], into[str(i)] = random_like(view, i), view
+    state["7"] = nn.Parameter(state["7"])
+    asyncsave.save(state, tmp_path / "a").result()
+    asyncsave.restore(tmp_path / "a", into)
+    assert {name: bits(value) for name, value in into.items()} == {
+        name: bits(value) for name, value in state.items()
+    }
+    memory.check()
+    loaded = asyncsave.load(tmp_path / "a")
+    assert_same(loaded, state)
+    assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == 300
+    part = asyncsave.load(tmp_path / "a", keys=["3", "4", "9"])
+    assert_same(part, {name: state[name] for name in ("3", "4", "9")})
+
+
 # -- the cases that were found ----------------------------------------------------------------
 
 
