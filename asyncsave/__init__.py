@@ -28,7 +28,15 @@ from .errors import (
 )
 from .handle import SaveHandle
 from .listing import checkpoints, verify
-from .report import CheckpointInfo, SaveReport, Stats, TuneReport, TuneRow, VerifyReport
+from .report import (
+    CheckpointInfo,
+    RestoreReport,
+    SaveReport,
+    Stats,
+    TuneReport,
+    TuneRow,
+    VerifyReport,
+)
 from .restore import load, restore
 from .single import save
 from .state.rng import RngState
@@ -50,6 +58,7 @@ __all__ = [
     "IntegrityError",
     "LoadError",
     "MismatchError",
+    "RestoreReport",
     "RngState",
     "SaveError",
     "SaveHandle",

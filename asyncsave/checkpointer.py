@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +35,8 @@ from .listing import list_checkpoints
 from .memory import MemoryLimit, parse_limit
 from .outcomes import Outcomes
 from .pipeline import Pipeline
-from .report import CheckpointInfo, Stats
-from .restore import load_from, restore_from
+from .report import CheckpointInfo, RestoreReport, Stats
+from .restore import Wish, load_from, restore_from
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.notes import encode_plain, parse_metrics, parse_step
@@ -319,22 +319,28 @@ class Checkpointer:
 
     # -- restoring ----------------------------------------------------------------------------
 
-    def restore(self, state: Any, *, step: Step | None = None, strict: bool = True) -> int | None:
-        """Fill ``state`` from the newest checkpoint that verifies, or from that of ``step``.
+    def restore(
+        self,
+        state: Any,
+        *,
+        step: Step | None = None,
+        strict: bool = True,
+        keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        cast: bool = False,
+        report: Callable[[RestoreReport], None] | None = None,
+    ) -> int | None:
+        """Fill ``state`` from the newest checkpoint that verifies, or ``step``'s; return its step.
 
         The run goes on from there: with an older step than the newest it is a rollback, which the
-        first save after it makes final. See `asyncsave.restore` for how, and `best_step` for
-        "best". Checkpoints that were passed over because they are damaged
-        are logged and noted in ``stats.passed_over``.
-
-        Returns:
-            Its step; None if the run has no checkpoint.
+        first save after it makes final. See `asyncsave.restore` for how, and for the arguments, and
+        `best_step` for "best". If the run has no checkpoint, the result is None. Damaged ones that
+        were passed over are logged, and in ``stats.passed_over``.
 
         Raises:
-            MismatchError: it does not fit ``state``; nothing was changed.
-            IntegrityError, FormatError: there are checkpoints, and all are damaged.
-            CheckpointNotFoundError: there is none of ``step``.
+            LoadError: as `asyncsave.restore`; damage only if all checkpoints are damaged.
         """
+        wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
         with self._turn():
             self._refuse_closed()
             self._outcomes.raise_unseen(self._pipeline.current)
@@ -343,7 +349,12 @@ class Checkpointer:
             if step is None and not self.steps():
                 return None
             used = restore_from(
-                self._filesystem, path, state, strict=strict, passed_over=self._pass_over
+                self._filesystem,
+                path,
+                state,
+                wish,
+                report=report,
+                passed_over=lambda *each: self._outcomes.stats.passed_over.append(each),
             )
             self._has_begun = False
             self._cadence.restart()
@@ -370,7 +381,7 @@ class Checkpointer:
                 self._run.find(step),
                 keys=keys,
                 device=device,
-                passed_over=self._pass_over,
+                passed_over=lambda *each: self._outcomes.stats.passed_over.append(each),
             )
 
     def steps(self) -> list[int]:
@@ -526,9 +537,6 @@ class Checkpointer:
             self._outcomes.warn_unseen(self._pipeline.current)
         else:
             self._outcomes.raise_unseen(self._pipeline.current)
-
-    def _pass_over(self, path: Path, why: str) -> None:
-        self._outcomes.stats.passed_over.append((path, why))
 
 
 def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:

@@ -1,4 +1,4 @@
-"""Reports: what a save cost, what a verification read, what a run added up to, what tune found."""
+"""Reports: what a save cost, what a restore and a verification did, sums, what tune found."""
 
 from __future__ import annotations
 
@@ -89,6 +89,29 @@ class CheckpointInfo:
     left: bool
     sound: bool | None
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """What a restore did. Names are fqns in the state that was filled.
+
+    Attributes:
+        path: the checkpoint.
+        step: the training step, or None for a checkpoint without one.
+        loaded: tensors and arrays that were filled, objects that loaded, values that were replaced.
+        missing: what only the state has; it stays as it was.
+        unexpected: what only the checkpoint has.
+        cast: tensors whose dtype was converted.
+        seconds: how long it took.
+    """
+
+    path: Path
+    step: int | None
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    cast: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,40 +1,36 @@
 """Restore: a checkpoint back into values. ``load`` and ``restore``.
 
 `restore` fills what is there, all or nothing: it lists every difference before it begins
-(match.py); then it reads and checks all stored bytes, into new tensors and memory held for the
-purpose, lets objects that load by themselves do so (and puts them back if one refuses), and only
-then fills the live tensors (leaves.py).
+(match.py), and only then carries it out (apply.py). Here is also which checkpoint is used, and what
+is said of it afterwards.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import (
-    ConfigError,
-    IntegrityError,
-    MismatchError,
-)
-from .leaves import NewLeaves, fill_run
-from .match import Match, show
-from .snapshot.arena import Bytes
-from .snapshot.available import available_memory
-from .state.nodes import (
-    bulk_indices,
-    select,
-)
+from .apply import apply
+from .errors import ConfigError, MismatchError
+from .hints import close_names, leaf_names, some
+from .leaves import NewLeaves
+from .match import Match, Value
+from .rename import renamed
+from .report import RestoreReport, gb
+from .state.nodes import CONTAINERS, TensorNode, bulk_indices
+from .state.select import OMITTED, is_named, patterns_of, select
 from .state.tree import unflatten
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.manifest import CheckpointRecord
 from .storage.newest import PassedOver, first_sound
 from .storage.place import PathLike, local_path
-from .storage.reader import Checkpoint, Run
+from .storage.reader import Checkpoint
 
 _log = logging.getLogger("asyncsave")
 
@@ -64,19 +60,41 @@ def load(
     return load_from(LocalFileSystem(), local_path(path), keys=keys, device=device)
 
 
-def restore(path: PathLike, into: Any, *, strict: bool = True) -> int | None:
+def restore(
+    path: PathLike,
+    into: Any,
+    *,
+    strict: bool = True,
+    keys: str | Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    cast: bool = False,
+    report: Callable[[RestoreReport], None] | None = None,
+) -> int | None:
     """Fill ``into`` from a checkpoint, all or nothing, and return its step.
 
-    Tensors and arrays are filled in place; plain values inside dicts and lists are replaced, and so
-    is None by whatever was saved; an empty dict or list takes all that was saved there; objects
-    with ``load_state_dict`` have it called, except that plain modules are filled in place, which
-    comes to the same and needs no second copy.
+    Tensors and arrays are filled in place, and nothing beside their own elements; plain values
+    inside dicts and lists, None included, are replaced by whatever was saved there; an empty dict
+    or list takes all that was saved there. A number fills a tensor without dimensions that can hold
+    it exactly. Objects with ``load_state_dict`` have it called, except that plain modules are
+    filled in place, which comes to the same and needs no second copy. A module that only one side
+    wraps (``torch.compile``, DDP) is the same module.
+
+    Plain values are replaced where they are, in ``into``: ``{"step": step}`` does not change the
+    variable ``step``, so read it from the dict again.
 
     Args:
         path: a checkpoint, or a run directory: then the newest checkpoint that verifies.
         into: a state of the same structure as the one that was saved.
-        strict: raise if names are missing on either side; if False, what both have is restored.
-            Shapes and dtypes must agree in any case.
+        strict: raise if names are missing on either side; if False, what both have is restored,
+            which must be something. Shapes must agree in any case.
+        keys: a glob or a list of globs of fqns in the checkpoint, as in `load`: only what they
+            name is restored, and all else on either side is left alone.
+        rename: names in the checkpoint, and what they are in ``into``, for example
+            ``{"model.transformer": "body.encoder"}``; all below a name goes with it, and ``""`` is
+            the whole.
+        cast: convert tensors from one floating dtype to another where they differ, which may round;
+            other dtypes are never converted.
+        report: called at the end with a `RestoreReport`, which lists what was restored.
 
     Returns:
         The step, or None if the checkpoint was saved without one.
@@ -86,7 +104,8 @@ def restore(path: PathLike, into: Any, *, strict: bool = True) -> int | None:
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`. Stored bytes
             were all checked before anything was changed.
     """
-    return restore_from(LocalFileSystem(), local_path(path), into, strict=strict)[1].step
+    wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
+    return restore_from(LocalFileSystem(), local_path(path), into, wish, report=report)[1].step
 
 
 # -- with any filesystem ----------------------------------------------------------------------
@@ -107,11 +126,7 @@ def load_from(
         tree = checkpoint.rank.tree
         if keys is not None:
             tree, unused = select(tree, keys)
-            if unused:
-                raise MismatchError(
-                    f"{checkpoint.path} has nothing that these keys name:",
-                    _suggest(checkpoint, unused),
-                )
+            _refuse_unused(checkpoint, unused, "keys")
         new = NewLeaves(checkpoint.rank.tensors, sorted(set(bulk_indices(tree))))
         checkpoint.read(new.runs)
         bulk = new.values(where)
@@ -120,12 +135,75 @@ def load_from(
     return first_sound(filesystem, path, one, passed_over)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What of a checkpoint is to be restored, and how: the arguments of `restore`."""
+
+    strict: bool
+    patterns: tuple[str, ...] | None
+    rename: Mapping[str, str]
+    cast: bool
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        strict: bool,
+        keys: str | Sequence[str] | None,
+        rename: Mapping[str, str] | None,
+        cast: bool,
+    ) -> Wish:
+        """Return the wish, if the arguments can be.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        names = dict(rename or {}) if isinstance(rename, Mapping | None) else {None: None}
+        if not all(isinstance(name, str) for name in (*names, *names.values())):
+            raise ConfigError(
+                f"rename={rename!r} must be a dict of names in the checkpoint and in the state, as "
+                "in {'model.transformer': 'body.encoder'}"
+            )
+        patterns = None if keys is None else tuple(patterns_of(keys))
+        return cls(strict, patterns, names, cast)
+
+    def match(self, checkpoint: Checkpoint, into: Any) -> Match:
+        """Return what is to be done.
+
+        Raises:
+            MismatchError: it cannot be done; nothing was changed.
+        """
+        tree = checkpoint.rank.tree
+        if self.patterns is not None:
+            tree, unused = select(tree, self.patterns, OMITTED)
+            _refuse_unused(checkpoint, unused, "keys")
+        tree, absent, reasons = renamed(tree, into, self.rename)
+        _refuse_unused(checkpoint, absent, "rename")
+        is_left = None if self.patterns is None else self._is_left
+        match = Match(checkpoint.rank.tensors, self.strict, self.cast, is_left, reasons)
+        if not reasons:
+            match.root(into, tree)
+        if match.reasons:
+            raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
+        return match
+
+    def _is_left(self, name: str) -> bool:
+        """Whether the keys do not name what the state calls ``name``."""
+        for saved, own in self.rename.items():
+            if not own or name == own or name.startswith(f"{own}."):
+                rest = name[len(own) :].lstrip(".")
+                name = f"{saved}.{rest}" if saved and rest else saved or rest
+                break
+        return not is_named(name, self.patterns or ())
+
+
 def restore_from(
     filesystem: FileSystem,
     path: Path,
     into: Any,
+    wish: Wish,
     *,
-    strict: bool,
+    report: Callable[[RestoreReport], None] | None = None,
     passed_over: PassedOver | None = None,
 ) -> tuple[Path, CheckpointRecord]:
     """Do what `restore` says, and return which checkpoint was used.
@@ -133,16 +211,63 @@ def restore_from(
     Args:
         passed_over: told which checkpoints could not be used, and why.
     """
+    began = time.perf_counter()
 
-    def one(checkpoint: Checkpoint) -> tuple[Path, CheckpointRecord]:
-        match = Match(checkpoint, strict)
-        match.root(into)
-        if match.reasons:
-            raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
-        _apply(checkpoint, match)
-        return checkpoint.path, checkpoint.record
+    def one(checkpoint: Checkpoint) -> tuple[RestoreReport, CheckpointRecord]:
+        match = wish.match(checkpoint, into)
+        nbytes = apply(checkpoint, match)
+        done = RestoreReport(
+            path=checkpoint.path,
+            step=checkpoint.record.step,
+            loaded=_loaded(match),
+            missing=tuple(match.missing),
+            unexpected=tuple(match.unexpected),
+            cast=tuple(match.cast_names),
+            seconds=time.perf_counter() - began,
+        )
+        _tell(done, match, nbytes)
+        return done, checkpoint.record
 
-    return first_sound(filesystem, path, one, passed_over)
+    done, record = first_sound(filesystem, path, one, passed_over)
+    if report is not None:
+        report(done)
+    return done.path, record
+
+
+def _loaded(match: Match) -> tuple[str, ...]:
+    named = [fill.name for fill in match.fills]
+    named += [each.name for each in match.objects]
+    return (*named, *(each.name for each in match.values if each.name is not None))
+
+
+def _tell(done: RestoreReport, match: Match, nbytes: int) -> None:
+    """Log what was restored, in one line, and what surprisingly was not."""
+    for name in () if match.strict else match.untouched():
+        _log.warning("restore: %s has nothing of %r, which stays as it was", done.path, name)
+    step = "" if done.step is None else f"step {done.step} from "
+    parts = [f"{len(match.fills)} tensors and {len(match.objects)} objects"]
+    parts[0] += f", {gb(nbytes)} in {done.seconds:.2f} s"
+    if replaced := [each.name for each in match.values if each.name and _is_read_anew(each)]:
+        # a variable that the value came from is not changed: whoever wonders finds it here
+        parts.append(f"replaced in the state: {some(replaced)}")
+    for what in ("missing", "unexpected", "cast"):
+        if names := getattr(done, what):
+            parts.append(f"{len(names)} {what}: {some(names)}")
+    _log.info("restored %s%s: %s", step, done.path, "; ".join(parts))
+
+
+def _is_read_anew(value: Value) -> bool:
+    """Whether a value is a plain one at the root of the state."""
+    assert value.name is not None
+    return "." not in value.name and not isinstance(value.node, (*CONTAINERS, TensorNode))
+
+
+def _refuse_unused(checkpoint: Checkpoint, unused: Sequence[str], argument: str) -> None:
+    if unused:
+        raise MismatchError(
+            f"{checkpoint.path} has nothing that these {argument} name:",
+            close_names(leaf_names(checkpoint.rank.tree), unused),
+        )
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -150,86 +275,3 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as cause:
         raise ConfigError(f"device={device!r} is not a device: {cause}") from cause
-
-
-def _suggest(checkpoint: Checkpoint, unused: list[str]) -> list[str]:
-    import difflib
-
-    names = [tensor.name for tensor in checkpoint.rank.tensors]
-    lines = []
-    for key in unused:
-        close = difflib.get_close_matches(key, names, 3, 0.5) or names[:3]
-        lines.append(f"{key!r}; there are {', '.join(map(repr, close))} …" if close else repr(key))
-    return lines
-
-
-def _apply(checkpoint: Checkpoint, match: Match) -> None:
-    """Carry out a match that has no reasons against it."""
-    tensors = checkpoint.rank.tensors
-    nodes = [node for _, _, node in match.objects] + [node for _, node in match.values]
-    new = NewLeaves(tensors, sorted({i for node in nodes for i in bulk_indices(node)}))
-    fills = [fill_run(tensors[i], into) for i, into in match.fills]
-    if fills:
-        # every byte, and what it decodes to, before the first one of the state is changed; the
-        # memory beside new and old values is taken only where it is plainly there
-        hold_bytes = max(0, available_memory() - new.nbytes) // 2
-        held = checkpoint.check(fill=new.runs, hold=fills, hold_bytes=hold_bytes)
-    else:
-        checkpoint.read(new.runs)
-    bulk = new.values(torch.device("cpu"))
-    new_values = [(put, unflatten(node, bulk.__getitem__)) for put, node in match.values]
-    _synchronize(match)  # what is queued for these tensors must not come after the new values
-    _load_objects(match, [unflatten(node, bulk.__getitem__) for _, _, node in match.objects])
-    if fills:
-        _fill(checkpoint, match, fills, held)
-    _synchronize(match)
-    for put, value in new_values:
-        put(value)
-
-
-def _fill(
-    checkpoint: Checkpoint, match: Match, fills: list[Run], held: dict[int, Bytes] | None
-) -> None:
-    """Decode into the live tensors; every byte was found sound just now."""
-    try:
-        checkpoint.read(fills, held)
-    except IntegrityError:
-        # once more: there is no way back to what the tensors were
-        try:
-            tensors = checkpoint.rank.tensors
-            checkpoint.read([fill_run(tensors[i], into) for i, into in match.fills])
-        except IntegrityError as error:
-            error.add_note("it was sound a moment ago, and the state is partly filled from it")
-            raise
-
-
-def _synchronize(match: Match) -> None:
-    tensors = [into for _, into in match.fills if isinstance(into, torch.Tensor)]
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
-
-
-def _load_objects(match: Match, states: list[Any]) -> None:
-    """Call every ``load_state_dict``; when one refuses, put back those before it."""
-    before: list[tuple[Any, Any]] = []
-    for (each, name, _), state in zip(match.objects, states, strict=True):
-        try:
-            # optimizers replace their tensors, others may write into them
-            old = each.state_dict() if callable(getattr(each, "state_dict", None)) else None
-            if not isinstance(each, torch.optim.Optimizer):
-                old = copy.deepcopy(old)
-            before.append((each, old))
-            if isinstance(each, torch.nn.Module):
-                each.load_state_dict(state, strict=match.strict)
-            else:
-                each.load_state_dict(state)
-        except BaseException as cause:
-            for done, old in before:
-                if old is not None:
-                    done.load_state_dict(old)
-            if not isinstance(cause, Exception):
-                raise  # the user's own interrupt, now that all is as it was
-            reason = f"{show(name)}: {type(each).__name__}.load_state_dict refused: {cause}"
-            raise MismatchError(
-                f"{match.checkpoint.path} does not fit the state:", [reason]
-            ) from cause

@@ -20,7 +20,7 @@ from .errors import StateError
 from .memory import CHUNK_BYTES
 from .snapshot.arena import Slot
 from .snapshot.snapshotter import Snapshotter
-from .state.nodes import numpy_dtype
+from .state.nodes import TORCH_DTYPES, numpy_dtype
 from .state.plan import Planner
 from .state.tree import flatten
 from .storage.filesystem import FileSystem
@@ -90,7 +90,7 @@ def sample_of_state(state: Any, most_bytes: int) -> Sample:
         with torch.inference_mode(False):
             memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
         snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
-        values.append(memory.view(getattr(torch, chunk.dtype)))
+        values.append(memory.view(TORCH_DTYPES[chunk.dtype]))
     return Sample(values, plan.nbytes)
 
 
@@ -153,8 +153,7 @@ def _extents(checkpoint: Checkpoint) -> list[_Extent]:
 
 def _dtype(tensor: TensorRecord) -> torch.dtype:
     if tensor.kind == "torch":
-        dtype: torch.dtype = getattr(torch, tensor.dtype)
-        return dtype
+        return TORCH_DTYPES[tensor.dtype]
     if tensor.kind == "numpy":
         try:
             return torch.from_numpy(np.empty(0, numpy_dtype(tensor.dtype))).dtype

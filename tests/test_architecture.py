@@ -35,8 +35,15 @@ ORDER = [
     "pipeline",
     "listing",
     "outcomes",
+    "live",
     "leaves",
+    "tangle",
+    "modules",
+    "optimizers",
+    "hints",
+    "rename",
     "match",
+    "apply",
     "restore",
     "single",
     "sample",
@@ -131,6 +138,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
     documented = {
         *("save", "load", "restore", "verify", "Checkpointer", "SaveHandle", "SaveReport"),
         *(
+            "RestoreReport",
             "VerifyReport",
             "Stats",
             "TuneReport",

@@ -7,10 +7,9 @@ is, and the names (fqns) of what is in a tree. Pure: no threads, no files, no cl
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Union
 
 import msgspec
@@ -24,9 +23,6 @@ MAX_DEPTH = 64
 
 MAX_ONE_HASH = 64
 """Of the keys of a dict, so many may have the same hash."""
-
-_LONGEST_NAME = 4096
-"""Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
 
 _HEX_INT = re.compile("-?[0-9a-f]+")
 
@@ -276,60 +272,16 @@ def key_name(key: Node) -> str:
     return str(plain(key))
 
 
-def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
-    """Return ``tree`` without what ``keys`` does not name, and the keys that named nothing.
-
-    A key is a glob (``*`` also matches dots) for a leaf or for a container, which then stays
-    whole. In dicts the other entries go; in lists and tuples they become None, so that positions
-    stay as they were.
-    """
-    patterns = [keys] if isinstance(keys, str) else list(keys)
-    used: set[str] = set()
-
-    def wanted(name: str) -> bool:
-        hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
-        used.update(hits)
-        return bool(hits)
-
-    def walk(node: Node, name: str) -> tuple[bool, Node]:
-        if name and wanted(name):
-            if len(used) < len(patterns):  # a key for something inside is no mistake
-                for inner_name in _names(node, name):
-                    wanted(inner_name)
-            return True, node
-        if isinstance(node, ObjectNode):
-            kept, inner = walk(node.state, name)
-            return kept, msgspec.structs.replace(node, state=inner) if kept else None
-        if not isinstance(node, CONTAINERS):
-            return False, None
-        prefix = f"{name}." if name else ""
-        results = [walk(value, (prefix + key)[:_LONGEST_NAME]) for key, value in children(node)]
-        if not any(kept for kept, _ in results):
-            return False, None
-        if isinstance(node, (DictNode, OrderedDictNode)):
-            pairs = [
-                (key, value) for key, (kept, value) in zip(node.keys, results, strict=True) if kept
-            ]
-            return True, msgspec.structs.replace(
-                node, keys=[key for key, _ in pairs], values=[value for _, value in pairs]
-            )
-        return True, msgspec.structs.replace(node, items=[value for _, value in results])
-
-    _, pruned = walk(tree, "")
-    return pruned, [pattern for pattern in patterns if pattern not in used]
-
-
-def _names(node: Node, name: str) -> Iterator[str]:
-    if isinstance(node, ObjectNode):
-        yield from _names(node.state, name)
-    for key, child in children(node):
-        inner = f"{name}.{key}"[:_LONGEST_NAME]
-        yield inner
-        yield from _names(child, inner)
-
-
 def bulk_indices(tree: Node) -> list[int]:
     """Return the numbers of all leaves with bulk in ``tree``, in order."""
-    if isinstance(tree, TensorNode):
-        return [tree.i]
-    return [i for part in parts(tree) for i in bulk_indices(part)]
+    found: list[int] = []
+    _find_bulk(tree, found)
+    return found
+
+
+def _find_bulk(node: Node, found: list[int]) -> None:
+    if isinstance(node, TensorNode):
+        found.append(node.i)
+    elif isinstance(node, CONTAINERS):
+        for part in parts(node):
+            _find_bulk(part, found)

@@ -364,28 +364,31 @@ def extent_bytes(tensor: TensorRecord) -> int:
 
 
 def _validate_tensor(tensor: TensorRecord, total: int, path: object) -> None:
-    what = f"record of {tensor.name!r:.80}"
+    def ensure(condition: bool) -> None:
+        if not condition:  # a text for each of many records would take longer than all the rest
+            _require(False, path, f"record of {tensor.name!r:.80}")
+
     width = item_bytes(tensor)
-    _require(width > 0 and len(tensor.shape) <= MAX_DIMS, path, what)
-    _require(all(0 <= size < _MAX_BYTES for size in tensor.shape), path, what)
-    _require(math.prod(tensor.shape) * width <= _MAX_BYTES, path, what)
+    ensure(width > 0 and len(tensor.shape) <= MAX_DIMS)
+    ensure(all(0 <= size < _MAX_BYTES for size in tensor.shape))
+    ensure(math.prod(tensor.shape) * width <= _MAX_BYTES)
     if tensor.kind == "numpy":  # which multiplies the other sizes though one is 0
-        _require(math.prod(size or 1 for size in tensor.shape) * width <= _MAX_BYTES, path, what)
-    _require(len(tensor.shards) == 1, path, what)
+        ensure(math.prod(size or 1 for size in tensor.shape) * width <= _MAX_BYTES)
+    ensure(len(tensor.shards) == 1)
     shard = tensor.shards[0]
     if shard.strides is not None:
         fits = tensor.kind == "torch" and len(shard.strides) == len(tensor.shape)
-        _require(fits and all(0 <= step < _MAX_BYTES for step in shard.strides), path, what)
+        ensure(fits and all(0 <= step < _MAX_BYTES for step in shard.strides))
     zeros = [0] * len(tensor.shape)
-    _require(shard.offsets in (None, zeros) and shard.shape in (None, tensor.shape), path, what)
-    _require(shard.start >= 0 and shard.start + extent_bytes(tensor) <= total, path, what)
+    ensure(shard.offsets in (None, zeros) and shard.shape in (None, tensor.shape))
+    ensure(shard.start >= 0 and shard.start + extent_bytes(tensor) <= total)
     if tensor.kind == "bytes":
-        _require(len(tensor.shape) == 1, path, what)
+        ensure(len(tensor.shape) == 1)
     if tensor.requires_grad or tensor.parameter:
-        _require(tensor.kind == "torch", path, what)
+        ensure(tensor.kind == "torch")
     if tensor.requires_grad:
         dtype = TORCH_DTYPES[tensor.dtype]
-        _require(dtype.is_floating_point or dtype.is_complex, path, what)
+        ensure(dtype.is_floating_point or dtype.is_complex)
 
 
 def _validate_bytes(record: RankRecord, path: object) -> None:
