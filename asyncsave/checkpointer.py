@@ -6,51 +6,40 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
-import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from .cadence import Cadence
 from .codec.choose import CompressionSetting, parse_compression
 from .errors import (
-    BusyError,
-    ClosedError,
-    CommitError,
     ConfigError,
-    SaveError,
 )
 from .handle import SaveHandle, ends_well
 from .listing import list_checkpoints
 from .memory import MemoryLimit, parse_limit
-from .outcomes import Outcomes
 from .pipeline import Pipeline
 from .report import CheckpointInfo, RestoreReport, Stats
 from .restore import Wish, load_from, restore_from
+from .saves import OnBusy, OnError, Saves
 from .signals import StopSignals
 from .storage.filesystem import FileSystem, LocalFileSystem
-from .storage.notes import encode_plain, parse_metrics, parse_step
+from .storage.notes import parse_step
 from .storage.place import PathLike, local_path
 from .storage.retention import KeepBest, Policy
 from .storage.run import Existing, RunDirectory, Step
-from .storage.steps import step_path
-from .task import Target
+from .turns import Turns
 from .watchdog import STALL_WARNING_SECONDS, parse_stall_warning
 
 _log = logging.getLogger("asyncsave")
-
-OnBusy = Literal["wait", "skip", "error"]
-OnError = Literal["raise", "warn"]
 
 
 class Checkpointer:
@@ -140,22 +129,13 @@ class Checkpointer:
         self._cadence = Cadence(every_steps, every_seconds)
         policy = Policy.parse(keep_last, keep_every, keep_best)
         setting, limit = parse_compression(compression), parse_limit(memory_limit)
-        if on_busy not in ("wait", "skip", "error"):
-            raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
-        if on_error not in ("raise", "warn"):
-            raise ConfigError(f"on_error={on_error!r} must be 'raise' or 'warn'")
-        self._on_busy, self._on_error = on_busy, on_error
         self._directory = local_path(directory)
         self._filesystem: FileSystem = LocalFileSystem()
-        self._mutex = threading.RLock()
-        self._outcomes = Outcomes()
-        self._pid = os.getpid()
-        self._closed = False
         self._should_stop = self._has_begun = False
-        self._begun: tuple[SaveHandle, Target] | None = None
         self._signals = StopSignals(signals)
         try:
             self._run = RunDirectory(self._filesystem, self._directory, policy, existing)
+            self._saves = Saves(self._run, on_busy, on_error)
             self._pipeline = Pipeline(
                 self._filesystem,
                 compression=setting,
@@ -164,8 +144,10 @@ class Checkpointer:
                 durable=durable,
                 stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
             )
+            self._saves.pipeline = self._pipeline
+            self._turns = Turns(self._pipeline.in_callback)
             self._finalizer = weakref.finalize(
-                self, _abandoned, self._pid, self._pipeline, self._run, self._signals
+                self, _abandoned, os.getpid(), self._pipeline, self._run, self._signals
             )
             self._finalizer.atexit = False  # at exit, handle.py finishes what is open
         except BaseException:  # an interrupt may come at any point of it
@@ -223,8 +205,8 @@ class Checkpointer:
         """
         if self._is_idle(step):
             return None
-        with self._turn():
-            self._refuse_closed()
+        with self._turns.take():
+            self._turns.check()
             self._signals.install(self._pipeline.call_soon)
             number = parse_step(step, state)
             if self._cadence.is_never:
@@ -238,13 +220,14 @@ class Checkpointer:
             stopping = self._signals.arrived and not self._should_stop
             handle = None
             if stopping or self._cadence.due(number):
-                on_busy = "wait" if stopping else self._on_busy
-                handle = self._save(number, state, metrics, metadata, on_busy=on_busy)
+                handle = self._saves.begin(number, state, metrics, metadata, wait=stopping)
+                if handle is not None:
+                    self._cadence.restart()
             if stopping and handle is not None:
                 handle.result()
                 self._should_stop = True
                 self._signals.answered()
-            self._tell_unseen()
+            self._saves.tell_unseen(but=handle)
             return handle
 
     def save(
@@ -273,16 +256,18 @@ class Checkpointer:
             SaveError, CommitError: with ``block``, this save's; else one of an earlier save, while
                 this one was begun.
         """
-        with self._turn():
-            self._refuse_closed()
+        with self._turns.take():
+            self._turns.check()
             number = parse_step(step, state)
-            handle = self._save(number, state, metrics, metadata, on_busy=self._on_busy)
+            handle = self._saves.begin(number, state, metrics, metadata)
+            if handle is not None:
+                self._cadence.restart()
             if not block:
-                self._tell_unseen()
+                self._saves.tell_unseen(but=handle)
         if block and handle is not None:
             handle.result()
-            with self._turn():
-                self._tell_unseen()
+            with self._turns.take():
+                self._saves.tell_unseen(but=handle)
         return handle
 
     def prewarm(self, state: Any) -> None:
@@ -291,10 +276,10 @@ class Checkpointer:
         Optimizers have no state before their first step: call it after that, or the rest comes
             later.
         """
-        with self._turn():
-            self._refuse_closed()
-            self._outcomes.raise_unseen(self._pipeline.current)
-            self._await_current()
+        with self._turns.take():
+            self._turns.check()
+            self._saves.raise_unseen()
+            self._saves.await_current()
             self._pipeline.prewarm(state)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -303,10 +288,10 @@ class Checkpointer:
         Raises:
             SaveError, CommitError: of a save that failed and that nobody has seen.
         """
-        with self._turn():
-            self._refuse_closed()
-            ended = self._await_current(timeout)
-            self._outcomes.raise_unseen(self._pipeline.current)
+        with self._turns.take():
+            self._turns.check()
+            ended = self._saves.await_current(timeout)
+            self._saves.raise_unseen()
             return ended
 
     def close(self) -> None:
@@ -341,10 +326,10 @@ class Checkpointer:
             LoadError: as `asyncsave.restore`; damage only if all checkpoints are damaged.
         """
         wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
-        with self._turn():
-            self._refuse_closed()
-            self._outcomes.raise_unseen(self._pipeline.current)
-            self._await_current()
+        with self._turns.take():
+            self._turns.check()
+            self._saves.raise_unseen()
+            self._saves.await_current()
             path = self._run.find(step)
             if step is None and not self.steps():
                 return None
@@ -354,7 +339,7 @@ class Checkpointer:
                 state,
                 wish,
                 report=report,
-                passed_over=lambda *each: self._outcomes.stats.passed_over.append(each),
+                passed_over=lambda *each: self._saves.stats.passed_over.append(each),
             )
             self._has_begun = False
             self._cadence.restart()
@@ -372,16 +357,16 @@ class Checkpointer:
         A run that has restored nothing and saved nothing goes on from the newest one it has loaded.
         See `asyncsave.load` for the arguments.
         """
-        with self._turn():
-            self._refuse_closed()
-            self._outcomes.raise_unseen(self._pipeline.current)
-            self._await_current()
+        with self._turns.take():
+            self._turns.check()
+            self._saves.raise_unseen()
+            self._saves.await_current()
             return load_from(
                 self._filesystem,
                 self._run.find(step),
                 keys=keys,
                 device=device,
-                passed_over=lambda *each: self._outcomes.stats.passed_over.append(each),
+                passed_over=lambda *each: self._saves.stats.passed_over.append(each),
             )
 
     def steps(self) -> list[int]:
@@ -419,7 +404,7 @@ class Checkpointer:
     @property
     def stats(self) -> Stats:
         """Sums over all saves so far."""
-        return self._outcomes.stats
+        return self._saves.stats
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -428,115 +413,25 @@ class Checkpointer:
         return (
             self._has_begun
             and type(step) is int
-            and not self._closed
+            and not self._turns.closed
             and not self._signals.arrived
             and not self._cadence.due(step)
-            and not self._outcomes.has_ended
-            and self._pid == os.getpid()
+            and not self._saves.has_ended
+            and not self._turns.is_parents
         )
-
-    def _save(
-        self,
-        step: int,
-        state: Any,
-        metrics: Mapping[str, float] | None,
-        metadata: Any,
-        *,
-        on_busy: OnBusy,
-    ) -> SaveHandle | None:
-        began = time.perf_counter()
-        numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
-        current = self._pipeline.current
-        if current is not None and not current.done():
-            if on_busy == "skip":
-                self._outcomes.stats.skipped += 1
-                return None
-            if on_busy == "error":
-                raise BusyError(
-                    f"the save of step {current.step} is still being written; wait(), save less "
-                    "often, or choose on_busy='wait' or 'skip'"
-                )
-            self._await_current()
-        self._note_uncertain()
-        turn = self._run.next(step)
-        target = Target(
-            path=step_path(self._directory, step),
-            step=step,
-            lineage=turn.lineage,
-            replace=turn.replaces,
-            metrics=numbers,
-            metadata=plain,
-            then=functools.partial(self._run.committed, step, turn.lineage),
-        )
-        self._run.warn_of_metrics(step, numbers)
-        self._cadence.restart()
-        try:
-            handle = self._pipeline.save(state, target, began)
-        except SaveError:
-            self._outcomes.stats.failures += 1
-            raise
-        self._begun = handle, target
-        self._outcomes.add(handle)
-        return handle
-
-    def _note_uncertain(self) -> None:
-        """A checkpoint that was put in place, if not known to be durable, is the last one, too."""
-        if self._begun is not None and isinstance(self._begun[0]._error, CommitError):
-            step = self._begun[0].step
-            assert step is not None
-            self._run.go_on_from(step, self._begun[1].lineage)
-        self._begun = None
-
-    def _await_current(self, timeout: float | None = None) -> bool:
-        current = self._pipeline.current
-        return current is None or current._wait_ended(timeout)
 
     def _close(self, *, seen: bool = True) -> None:
-        if self._pid != os.getpid():
+        if self._turns.is_parents:
             return  # a forked child's copy has nothing
-        self._refuse_callbacks()
-        with self._mutex:
-            if not self._closed:
+        with self._turns.take():
+            if not self._turns.closed:
                 # all of it may be done again, by who closes again after an interrupt
                 self._signals.close()
                 self._pipeline.close()
                 self._run.close()
                 self._finalizer.detach()
-                self._closed = True
-            self._outcomes.raise_unseen(self._pipeline.current, seen=seen)
-
-    def _turn(self) -> threading.RLock:
-        """Return what gives one thread after the other its turn.
-
-        It is a lock, which is taken and given back in one step. A context manager in Python could
-        be interrupted between its taking a lock and the statement's beginning.
-        """
-        if self._pid != os.getpid():  # before the lock, which a thread of the parent may have held
-            raise ClosedError("this Checkpointer belongs to the parent process; make one here")
-        self._refuse_callbacks()
-        return self._mutex
-
-    def _refuse_closed(self) -> None:
-        if self._closed:
-            raise ClosedError("this Checkpointer is closed; make a new one")
-
-    def _refuse_callbacks(self) -> None:
-        if self._mutex._is_owned():  # type: ignore[attr-defined]
-            raise BusyError(
-                "this Checkpointer is at work in this thread already, and was interrupted (by a "
-                "signal's handler?) or calls back; set a flag there, which the training looks at"
-            )
-        if self._pipeline.in_callback:
-            raise BusyError(
-                "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
-                "return; hand over to a thread of your own"
-            )
-
-    def _tell_unseen(self) -> None:
-        if self._on_error == "warn":
-            self._outcomes.warn_unseen(self._pipeline.current)
-        else:
-            self._outcomes.raise_unseen(self._pipeline.current)
+                self._turns.closed = True
+            self._saves.raise_unseen(seen=seen)
 
 
 def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:

@@ -87,7 +87,6 @@ class Pipeline:
         """The save that was begun last."""
         return self._current
 
-    @property
     def in_callback(self) -> bool:
         """Whether the caller is the event loop's thread: a done callback, which must not wait."""
         return self._background.is_caller

@@ -34,7 +34,6 @@ ORDER = [
     "background",
     "pipeline",
     "listing",
-    "outcomes",
     "live",
     "leaves",
     "tangle",
@@ -50,6 +49,8 @@ ORDER = [
     "tune",
     "cadence",
     "signals",
+    "saves",
+    "turns",
     "checkpointer",
     "distributed",
     "cli",
@@ -136,7 +137,17 @@ def test_modules_are_readable(path: Path) -> None:
 
 def test_the_public_names_are_the_documented_ones() -> None:
     documented = {
-        *("save", "load", "restore", "verify", "Checkpointer", "SaveHandle", "SaveReport"),
+        *(
+            "save",
+            "load",
+            "restore",
+            "verify",
+            "checkpoints",
+            "CheckpointInfo",
+            "Checkpointer",
+            "SaveHandle",
+            "SaveReport",
+        ),
         *(
             "RestoreReport",
             "VerifyReport",

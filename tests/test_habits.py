@@ -163,7 +163,7 @@ def test_metrics_that_are_none(tmp_path: Path, value: Any) -> None:
         with pytest.raises(asyncsave.ConfigError, match="the metric 'loss' is"):
             ckpt.save(1, STATE, metrics={"loss": value})
         with pytest.raises(asyncsave.ConfigError, match="dict of names"):
-            ckpt.save(1, STATE, metrics=value)
+            ckpt.save(1, STATE, metrics=[value])  # type: ignore[arg-type]
 
 
 def test_metrics_of_other_libraries(tmp_path: Path) -> None:
