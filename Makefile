@@ -34,6 +34,8 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/ready: pyproject.toml Makefile
+	@echo "Setting up $(VENV), once: $(TORCH) and a dozen small packages. 1.1 GB on disk with a CPU build of torch;"
+	@echo "where pip picks a CUDA build, up to 3 GB to fetch and 5 GB on disk. One to five minutes."
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "asyncsave needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"

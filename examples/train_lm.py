@@ -263,12 +263,13 @@ def show_costs(console: Console, whole: Run) -> None:
             f"{save['durable_seconds']:.2f} s",
         )
     console.print("\nWhat each save of the uninterrupted run cost", table)
-    training = usual * len(whole.steps)
+    one = lost / len(whole.saves)
     console.print(
         f"{len(whole.saves)} saves of {whole.saves[-1]['raw_bytes'] / 1e6:.0f} MB in "
-        f"{len(whole.steps)} steps of {usual * 1e3:.0f} ms: the training was blocked for "
-        f"{blocked / training:.1%} of its time, and lost {lost / training:.1%} in all "
-        "(steps vary: a negative figure is noise)\n"
+        f"{len(whole.steps)} steps of {usual * 1e3:.0f} ms, far more often than trainings save, "
+        f"so that there is something to kill. One save cost {one * 1e3:.0f} ms of training time, "
+        f"of which {blocked / len(whole.saves) * 1e3:.0f} ms blocked (steps vary: a negative "
+        f"figure is noise): {one / (usual * 500):.2%} of it for a save every 500 steps\n"
     )
 
 
