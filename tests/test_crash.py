@@ -69,7 +69,7 @@ def run(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -
     """Save ``steps`` times in a run with retention; go on from what is there."""
     patch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: make(log))
     with Checkpointer(log.root / "runs" / "a", keep_last=KEEP, **SMALL) as ckpt:
-        start = ckpt.latest_step() or 0
+        start = ckpt.load(keys="step")["step"] if ckpt.steps() else 0
         for step in range(start + 1, start + steps + 1):
             ckpt.save(step, state_of(step), block=True)
             log.note(step)
@@ -397,13 +397,14 @@ def test_pruning_before_the_commit_is_noticed(
 
 
 def test_pruning_without_a_sync_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hasty(filesystem: Any, directory: Path, steps: list[int]) -> None:
+    def hasty(filesystem: Any, directory: Path, steps: list[int]) -> list[int]:
         for step in steps:
             name = commits.hidden_name(step_path(directory, step))
             filesystem.rename(step_path(directory, step), name)
             filesystem.remove_tree(name)
+        return steps
 
-    monkeypatch.setattr("asyncsave.storage.retention.prune", hasty)
+    monkeypatch.setattr("asyncsave.storage.run.prune", hasty)
     assert notices(SCENARIOS["run"], tmp_path)
 
 

@@ -187,6 +187,7 @@ def test_a_byte_that_is_flipped_on_its_way_to_the_disk_is_found(
         use(monkeypatch, faults)
         faults.on = False
         with Checkpointer(tmp_path, compression=compression, memory_limit=2 << 20) as ckpt:
+            ckpt.load(keys="step")
             faults.on = True
             ckpt.save(2, state, block=True)
             faults.on = False
@@ -371,7 +372,8 @@ def test_every_operation_of_a_restore_misbehaves_once(
             assert faults.hit is not None
         assert_same(plain(state), plain(live(restored or 7)))
         if faults.hit is not None and faults.hit.kind == "open" and fault != errno.EIO:
-            assert restored is None, "it may be sound: going on from an older one would lose work"
+            # it may be sound: going on from an older one would lose work
+            assert restored in (None, steps[-1])
         outcomes.add(restored)
         assert held() == before
     assert steps[-1] in outcomes
@@ -411,7 +413,8 @@ def test_the_commit_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     operations = [
         each.kind
         for each in faults.operations
-        if each.kind not in ("lock", "list_directory", "is_directory")
+        if each.kind
+        not in ("lock", "list_directory", "is_directory", "exists", "open", "read")
         and (each.kind, each.path.name) != ("create_directory", "order")
         and not (each.kind == "sync_directory" and each.path in (tmp_path, tmp_path.parent))
     ]
