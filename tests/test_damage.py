@@ -301,7 +301,7 @@ def test_every_operation_that_fails(
 
 
 def test_a_path_that_cannot_be(tmp_path: Path) -> None:
-    for path in (tmp_path / ("x" * 300), tmp_path / "a\0b", tmp_path / "l"):
+    for path in (tmp_path / ("x" * 300), tmp_path / "l"):
         if path.name == "l":
             path.symlink_to(path)
         for use in (asyncsave.load, asyncsave.verify, lambda path: asyncsave.restore(path, {})):

@@ -101,7 +101,7 @@ def test_restore_with_little_memory(
     state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20)}
     asyncsave.save(state, tmp_path / "a", compression=compression).result()
     # asyncsave.restore, as an attribute, is the function
-    monkeypatch.setattr(sys.modules["asyncsave.restore"], "available_memory", lambda: available)
+    monkeypatch.setattr(sys.modules["asyncsave.apply"], "available_memory", lambda: available)
     monkeypatch.setattr(LocalReadable, "is_cached", lambda *_: False)
     reads, frame = 0, Checkpoint._frame
 

@@ -208,7 +208,7 @@ def survives(directory: Path, name: str, point: Point) -> bool:
     try:
         if failed and not told:
             with pytest.raises(asyncsave.DiskFullError):
-                ckpt.wait() if not ckpt._closed else ckpt.close()
+                ckpt.wait() if not ckpt._turns.closed else ckpt.close()
         if not ckpt._pipeline._background.over:
             assert ckpt.wait()
             ckpt.save(3, OTHER, block=True)
