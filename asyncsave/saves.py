@@ -47,7 +47,7 @@ class Saves:
     @property
     def has_ended(self) -> bool:
         """Whether a save has ended since the last look."""
-        return any(handle.done() for handle in self._handles)
+        return bool(self._handles) and any(handle.done() for handle in self._handles)
 
     def begin(
         self,

@@ -357,6 +357,7 @@ def test_one_that_is_in_place_but_not_known_to_be_durable_is_the_last_one(
         (Lineage(4, 1, ((2, 3),)), True),
         (Lineage(9, 8, ((2, 3), (5, 5))), True),
         (Lineage(-1), False),
+        (Lineage(2**53), False),
         (Lineage(1, 1), False),
         (Lineage(3, 0), False),
         (Lineage(4, 1, ((3, 2),)), False),

@@ -22,6 +22,8 @@ import itertools
 
 import msgspec
 
+_MOST = 2**53  # what every reader of JSON can count to
+
 
 class Lineage(msgspec.Struct, frozen=True, omit_defaults=True):
     """The place of one checkpoint in its run, as ``checkpoint.json`` has it.
@@ -41,7 +43,7 @@ class Lineage(msgspec.Struct, frozen=True, omit_defaults=True):
         """Whether the numbers can be what they say."""
         ends = [0, *itertools.chain.from_iterable(self.left)]
         return (
-            self.serial >= 0
+            0 <= self.serial < _MOST
             and (self.parent is None or 1 <= self.parent < self.serial)
             and all(first <= last for first, last in self.left)
             and all(last < first for last, first in zip(ends[::2], ends[1::2], strict=False))
