@@ -128,3 +128,26 @@ def test_restore_with_little_memory(
     with pytest.raises(asyncsave.IntegrityError, match="checksum"):
         asyncsave.restore(tmp_path / "a", into)
     assert not any(tensor.any() for tensor in into.values())
+
+
+def test_memory_that_lacks_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run must not go on from an older checkpoint because memory was short for a moment."""
+    with asyncsave.Checkpointer(tmp_path, compression="off") as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"w": torch.full((1 << 20,), float(step))}, block=True)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("asyncsave.storage.direct.LocalReadable.read_into", refuse)
+    monkeypatch.setattr(
+        "asyncsave.storage.reader._read_first",
+        lambda _, path: (path / "checkpoint.json").read_bytes(),
+    )
+    monkeypatch.setattr(
+        "asyncsave.storage.reader._read_all",
+        lambda _, path, *more, **options: path.read_bytes(),
+    )
+    with pytest.raises(asyncsave.LoadError, match="no memory") as caught:
+        asyncsave.load(tmp_path)
+    assert not isinstance(caught.value, asyncsave.IntegrityError)

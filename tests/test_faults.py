@@ -413,8 +413,7 @@ def test_the_commit_is_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     operations = [
         each.kind
         for each in faults.operations
-        if each.kind
-        not in ("lock", "list_directory", "is_directory", "exists", "open", "read")
+        if each.kind not in ("lock", "list_directory", "is_directory", "exists", "open", "read")
         and (each.kind, each.path.name) != ("create_directory", "order")
         and not (each.kind == "sync_directory" and each.path in (tmp_path, tmp_path.parent))
     ]

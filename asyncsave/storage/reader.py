@@ -311,7 +311,7 @@ class Checkpoint:
         try:
             count = file.read_into(chunk.offset, memory.data)
         except OSError as cause:
-            if cause.errno in _SAYS_NOTHING:
+            if cause.errno == errno.ENOMEM:
                 raise LoadError(f"there is no memory to read {self.path}: {cause}") from cause
             raise self._damage(chunk, f"cannot be read: {cause}") from cause
         if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
