@@ -190,7 +190,6 @@ class Background:
             error = caught
         if error is None:
             assert report is not None
-            _log.info("%s", report)
             save.handle._set_report(report)
             return
         stopped = save.staging_error

@@ -87,7 +87,9 @@ class Stages:
             stored = await self._write(save)
             # committed: what fails from here on is told, and is no failure of the save
             try:
-                return await self._call(save.report, stored, self._memory.nbytes)
+                report = await self._call(save.report, stored, self._memory.nbytes)
+                _log.info("%s", report)
+                return report
             finally:
                 save.watchdog.writing("removing older checkpoints")
                 await self._tidy_up(save)

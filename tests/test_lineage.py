@@ -227,6 +227,14 @@ def test_an_earlier_run_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert ckpt.steps() == [5, 10, 12]
 
 
+def test_weights_are_taken_from_a_run_that_is_then_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    with make(tmp_path, existing="set_aside") as ckpt:
+        assert ckpt.load(keys="w")["w"][0] == 20
+        ckpt.save(5, state_of(5), block=True)
+        assert ckpt.steps() == [5]
+
+
 def test_setting_aside_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10, 20, 30)
     moved: list[str] = []

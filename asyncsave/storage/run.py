@@ -191,8 +191,8 @@ class RunDirectory:
     def _begin(self, step: int, history: History) -> None:
         """Find out what the first save goes on from, in a directory that has checkpoints."""
         candidates = [each for each in loaded(self.path) if _is_there(each, history)]
-        if candidates:
-            fitting = [each for each in candidates if each.step <= step]
+        fitting = [each for each in candidates if each.step <= step]
+        if fitting or (candidates and self._existing == "refuse"):
             chosen = max(fitting or candidates, key=lambda each: each.lineage.serial)
             self._position, self._restored = chosen, chosen.step
         elif history.entries and self._existing == "refuse":
