@@ -166,6 +166,47 @@ def test_the_damage_of_an_older_one_hides_nothing(
     assert newest_of(tmp_path) == 40
 
 
+def test_damage_costs_no_sound_one_its_place(tmp_path: Path) -> None:
+    """A damaged one of a later step does not count as the newest, which keep_last would keep."""
+    options = {"keep_last": 1}
+    save(tmp_path, 10, 20, 30)
+    damage(tmp_path / "step-000000030" / "checkpoint.json")
+    for step in (25, 27, 40):
+        save(tmp_path, step, **options)
+        assert newest_of(tmp_path) == step
+        assert asyncsave.load(tmp_path)["step"] == step
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000040"]
+
+
+def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncsave.errors import LoadError
+    from asyncsave.storage import history
+
+    save(tmp_path, 10, 20)
+    read = history.read_record
+
+    def refuse(filesystem: Any, path: Path) -> Any:
+        if path.name in ("step-000000010", "step-000000030"):
+            try:
+                raise OSError(24, "Too many open files")
+            except OSError as cause:
+                raise LoadError("cannot be opened") from cause
+        return read(filesystem, path)
+
+    with make(tmp_path, keep_last=1) as ckpt:
+        ckpt.load()
+        monkeypatch.setattr(history, "read_record", refuse)
+        ckpt._run._known.clear()
+        ckpt.save(30, state_of(30), block=True)
+        monkeypatch.setattr(history, "read_record", read)
+        assert 30 in ckpt.steps()
+        assert asyncsave.load(tmp_path)["step"] == 30
+        ckpt.save(40, state_of(40), block=True)
+        assert ckpt.steps() == [40]
+
+
 def test_all_of_the_line_is_damaged(tmp_path: Path) -> None:
     save(tmp_path, 10, 20)
     save(tmp_path, 15, back_to=10)
@@ -554,7 +595,7 @@ class PrunedRuns(Runs):
 
 
 FEW = settings(
-    max_examples=50,
+    max_examples=25,
     stateful_step_count=15,
     deadline=None,
     suppress_health_check=list(HealthCheck),

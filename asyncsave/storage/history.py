@@ -77,7 +77,7 @@ class History:
             at = _room(line, each.step)
             if at is not None:
                 line.insert(at, each)
-            elif spare > 0 and any(other.step > each.step for other in line):
+            elif spare > 0:
                 left.insert(0, each)
                 spare -= 1
             else:

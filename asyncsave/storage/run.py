@@ -178,7 +178,7 @@ class RunDirectory:
         """
         self.check(step)
         if self._position is None and self._found is not None and self._found.entries:
-            self._set_aside(self._found)
+            self._set_aside()
         self._found = None
         now = NO_LINEAGE if self._position is None else self._position.lineage
         replaces = self._filesystem.exists(step_path(self.path, step))
@@ -223,8 +223,9 @@ class RunDirectory:
             )
         _log.warning("replacing %s, which was left when the run went back", path)
 
-    def _set_aside(self, history: History) -> None:
+    def _set_aside(self) -> None:
         """Move all checkpoints into a folder of their own, which is a run's directory, too."""
+        history = self.history()  # anew: an attempt before this may have been cut off
         now = datetime.datetime.now(datetime.UTC)
         folder = self.path / f"set-aside-{now:%Y%m%dT%H%M%S.%f}Z"
         try:
@@ -250,11 +251,10 @@ class RunDirectory:
         history = self.history()
         line, entries = ([e.step for e in some] for some in (history.line, history.entries))
         doomed = self.policy.doomed(line, entries, self._metric)
-        if self.policy.best is not None:
-            # the disk does not give its metrics now: it may be the best, and is asked again
-            silent = {each.step for each in history.entries if _is_silent(each)}
-            doomed = [each for each in doomed if each not in silent]
-        gone = prune(self._filesystem, self.path, doomed)
+        # What the disk does not give now may be the best, or the newest, and is asked again. And
+        # whatever the others look like, this one is sound.
+        stays = {step, *(each.step for each in history.entries if _is_silent(each))}
+        gone = prune(self._filesystem, self.path, [each for each in doomed if each not in stays])
         for each in gone:
             self._known.pop(each, None)
         if gone:
