@@ -130,6 +130,7 @@ class Soak:
             "compression": pick(["auto", "off", 1, 3]),
             "memory_limit": pick(["auto", 4 << 20]),
             "on_busy": pick(["wait", "skip", "error"]),
+            "on_error": pick(["raise", "warn"]),
             "every_steps": pick([1, 2]),
             "durable": pick([True, False]),
         }
@@ -158,6 +159,9 @@ class Soak:
                 self.counts["failures seen"] += 1
                 # its handle keeps the error, and that the frames, which keep the Checkpointer
                 traceback.clear_frames(error.__traceback__)
+                # the error was an earlier save's, and this step's own was begun all the same
+                current = ckpts[0]._pipeline.current
+                handles += [current] if current is not None and current not in handles else []
             else:
                 handles += [handle] if handle else []
         self.end(ckpts)
@@ -200,7 +204,7 @@ class Soak:
         self.counts["failures"] += len(handles) - len(good)
         lost = set(good[-1:]) - there
         if lost:
-            raise ViolationError(f"durable and gone: {lost}")
+            raise ViolationError(f"durable and gone: {lost}; there: {sorted(there)}, {handles}")
 
     def check_directory(self) -> None:
         """Every checkpoint is what was saved at its step; beside them, only what a sweep takes."""
