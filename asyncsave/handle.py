@@ -177,8 +177,7 @@ def raise_unseen(
         current: the save begun last; if it was interrupted, it may not be among ``handles``.
         seen: what is raised counts as seen.
     """
-    failed = [each for each in {*handles, current} if each is not None and each in _unseen]
-    handles[:] = [handle for handle in handles if not handle.done() or handle in _unseen]
+    failed = _look(handles, current)
     errors = [handle._error for handle in failed if handle._error is not None]
     if not errors:
         return
@@ -191,6 +190,29 @@ def raise_unseen(
         # its context, and shows it.
         if seen:
             _unseen.difference_update(failed)
+
+
+def warn_unseen(handles: list[SaveHandle], current: SaveHandle | None) -> None:
+    """Log the errors that `raise_unseen` would raise; they count as seen then.
+
+    They are not raised for it: an error keeps the frames that it was raised through, and those the
+    Checkpointer, for as long as anybody has the handle.
+    """
+    failed = _look(handles, current)
+    for handle in failed:
+        _log.warning(
+            "a save failed, and the training goes on, as on_error='warn' says: %s",
+            handle._error,
+            exc_info=handle._error,
+        )
+    _unseen.difference_update(failed)
+
+
+def _look(handles: list[SaveHandle], current: SaveHandle | None) -> list[SaveHandle]:
+    """Return those that failed and that nobody has seen; forget the others that have ended."""
+    failed = [each for each in {*handles, current} if each is not None and each in _unseen]
+    handles[:] = [handle for handle in handles if not handle.done() or handle in _unseen]
+    return failed
 
 
 def ends_well(error: BaseException) -> bool:

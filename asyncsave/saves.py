@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from .errors import BusyError, CommitError, ConfigError, SaveError
-from .handle import SaveHandle, raise_unseen
+from .handle import SaveHandle, raise_unseen, warn_unseen
 from .pipeline import Pipeline
 from .report import Stats
 from .storage.notes import encode_plain, parse_metrics
 from .storage.run import RunDirectory
 from .storage.steps import step_path
 from .task import Target
-
-_log = logging.getLogger("asyncsave")
 
 OnBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]
@@ -125,20 +122,21 @@ class Saves:
             but: not this one's.
             seen: what is raised counts as seen.
         """
-        current = None if self.pipeline is None else self.pipeline.current
-        handles = [each for each in self._handles if each is not but]
-        raise_unseen(handles, None if current is but else current, seen=seen)
+        handles, current = self._others(but)
+        raise_unseen(handles, current, seen=seen)
         self._handles = handles if but is None else [*handles, but]
 
     def tell_unseen(self, *, but: SaveHandle | None) -> None:
         """Raise or log such errors, as ``on_error`` says, while another save was begun."""
-        try:
+        if self._on_error == "raise":
             self.raise_unseen(but=but)
-        except Exception as error:
-            if self._on_error == "raise":
-                raise
-            _log.warning(
-                "a save failed, and the training goes on, as on_error='warn' says: %s",
-                error,
-                exc_info=error,
-            )
+            return
+        handles, current = self._others(but)
+        warn_unseen(handles, current)
+        self._handles = handles if but is None else [*handles, but]
+
+    def _others(self, but: SaveHandle | None) -> tuple[list[SaveHandle], SaveHandle | None]:
+        current = None if self.pipeline is None else self.pipeline.current
+        return [each for each in self._handles if each is not but], (
+            None if current is but else current
+        )

@@ -280,6 +280,28 @@ def test_a_failed_save_costs_no_other_one(
         assert ckpt.stats.failures == 1
 
 
+def test_an_error_that_was_logged_keeps_no_checkpointer_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gc
+
+    fail = Faults(0, 28)
+    fail.on = False
+    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
+    ckpts = [make(tmp_path, every_steps=10, on_error="warn", signals=())]
+    fail.operations.clear()
+    fail.on = True
+    handle = ckpts[0].step(10, STATE)
+    assert handle is not None
+    assert eventually(handle.done)
+    fail.on = False
+    ckpts[0].step(11, STATE)
+    with pytest.warns(ResourceWarning, match="dropped without close"):
+        ckpts.clear()
+        gc.collect()
+    assert isinstance(handle.exception(), asyncsave.DiskFullError)
+
+
 def test_warn_is_for_the_loop_only(tmp_path: Path) -> None:
     ckpt = make(tmp_path / "run", on_error="warn")
     (tmp_path / "run").rename(tmp_path / "moved")
