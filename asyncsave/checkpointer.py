@@ -6,6 +6,7 @@ saves do in the background is the pipeline's.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -98,6 +99,7 @@ class Checkpointer:
             a second one does what it would do without asyncsave. They are handled from the first
             `step` on, and not in notebooks.
         durable: sync files and directories, so that what is reported done survives a power cut.
+            Off: a power cut may leave nothing, as older ones are removed all the same.
         stall_warning_seconds: log a warning that says where when a save has stood still for so long
             (on a disk that hangs), and again each time that has doubled; None: never.
 
@@ -318,9 +320,10 @@ class Checkpointer:
         """Fill ``state`` from the newest checkpoint that verifies, or ``step``'s; return its step.
 
         The run goes on from there: with an older step than the newest it is a rollback, which the
-        first save after it makes final. See `asyncsave.restore` for how, and for the arguments, and
-        `best_step` for "best". If the run has no checkpoint, the result is None. Damaged ones that
-        were passed over are logged, and in ``stats.passed_over``.
+        first save after it makes final. (A part, by ``keys``, moves no run that is under way.) See
+        `asyncsave.restore` for the arguments, and `best_step` for "best". If the run has no
+        checkpoint, the result is None. Damaged ones that were passed over are logged, and in
+        ``stats.passed_over``.
 
         Raises:
             LoadError: as `asyncsave.restore`; damage only if all checkpoints are damaged.
@@ -333,17 +336,18 @@ class Checkpointer:
             path = self._run.find(step)
             if step is None and not self.steps():
                 return None
-            used = restore_from(
+            self._saves.note_uncertain()
+            self._has_begun = False
+            self._cadence.restart()
+            return restore_from(
                 self._filesystem,
                 path,
                 state,
                 wish,
                 report=report,
                 passed_over=lambda *each: self._saves.stats.passed_over.append(each),
+                restored=functools.partial(self._run.restored, whole=keys is None),
             )
-            self._has_begun = False
-            self._cadence.restart()
-            return self._run.restored(*used)
 
     def load(
         self,

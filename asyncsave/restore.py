@@ -105,7 +105,7 @@ def restore(
             were all checked before anything was changed.
     """
     wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
-    return restore_from(LocalFileSystem(), local_path(path), into, wish, report=report)[1].step
+    return restore_from(LocalFileSystem(), local_path(path), into, wish, report=report)
 
 
 # -- with any filesystem ----------------------------------------------------------------------
@@ -205,17 +205,20 @@ def restore_from(
     *,
     report: Callable[[RestoreReport], None] | None = None,
     passed_over: PassedOver | None = None,
-) -> tuple[Path, CheckpointRecord]:
-    """Do what `restore` says, and return which checkpoint was used.
+    restored: Callable[[Path, CheckpointRecord], None] = lambda *_: None,
+) -> int | None:
+    """Do what `restore` says.
 
     Args:
         passed_over: told which checkpoints could not be used, and why.
+        restored: told which one was, as soon as the state is filled.
     """
     began = time.perf_counter()
 
-    def one(checkpoint: Checkpoint) -> tuple[RestoreReport, CheckpointRecord]:
+    def one(checkpoint: Checkpoint) -> RestoreReport:
         match = wish.match(checkpoint, into)
         nbytes = apply(checkpoint, match)
+        restored(checkpoint.path, checkpoint.record)
         done = RestoreReport(
             path=checkpoint.path,
             step=checkpoint.record.step,
@@ -226,12 +229,12 @@ def restore_from(
             seconds=time.perf_counter() - began,
         )
         _tell(done, match, nbytes)
-        return done, checkpoint.record
+        return done
 
-    done, record = first_sound(filesystem, path, one, passed_over)
+    done = first_sound(filesystem, path, one, passed_over)
     if report is not None:
         report(done)
-    return done.path, record
+    return done.step
 
 
 def _loaded(match: Match) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Saves:
             self.await_current()
         if current is not None and current._error is not None and current not in self._handles:
             self._handles.append(current)  # one that was interrupted before it could be kept
-        self._note_uncertain()
+        self.note_uncertain()
         target = self._target(step, numbers, plain)
         try:
             handle = self.pipeline.save(state, target, began)
@@ -102,7 +102,7 @@ class Saves:
             then=functools.partial(self._run.committed, step, turn.lineage),
         )
 
-    def _note_uncertain(self) -> None:
+    def note_uncertain(self) -> None:
         """A checkpoint that was put in place, if not known to be durable, is the last one, too."""
         if self._begun is not None and isinstance(self._begun[0]._error, CommitError):
             step = self._begun[0].step

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 from .codec.choose import CompressionSetting, parse_compression
-from .errors import CheckpointExistsError, write_error
+from .errors import CheckpointExistsError, ConfigError, LoadError, write_error
 from .handle import SaveHandle
 from .memory import MemoryLimit, parse_limit
 from .pipeline import Pipeline
 from .storage.filesystem import FileSystem, LocalFileSystem
+from .storage.history import read_history
+from .storage.lineage import NO_LINEAGE, Lineage
 from .storage.manifest import CHECKPOINT_FILE
 from .storage.place import PathLike, local_path
+from .storage.reader import read_record
 from .storage.retention import sweep
+from .storage.steps import STEP
 from .task import Target
 
 
@@ -55,6 +60,7 @@ def save(
         filesystem.make_directories(target.parent)
         sweep(filesystem, target.parent, target.name)
         _check_target(filesystem, target, overwrite=overwrite)
+        lineage = _lineage(filesystem, target)
     except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
         raise
     except OSError as cause:
@@ -63,7 +69,7 @@ def save(
         filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True
     )
     try:
-        handle = pipeline.save(state, Target(target, replace=overwrite), began)
+        handle = pipeline.save(state, Target(target, lineage=lineage, replace=overwrite), began)
         pipeline.end()
     except BaseException:
         pipeline.close()
@@ -85,3 +91,23 @@ def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> N
         else "choose another path, or pass overwrite=True to replace a checkpoint"
     )
     raise CheckpointExistsError(f"{target} exists already: {hint}")
+
+
+def _lineage(filesystem: FileSystem, target: Path) -> Lineage:
+    """Return the place in a run of what is overwritten; a new one has none.
+
+    Raises:
+        ConfigError: it would be a new checkpoint of a run, beside the Checkpointer's.
+    """
+    if not STEP.fullmatch(target.name):
+        return NO_LINEAGE
+    if filesystem.exists(target / CHECKPOINT_FILE):
+        with contextlib.suppress(LoadError):
+            return read_record(filesystem, target).lineage
+        return NO_LINEAGE
+    if any(each.lineage.serial for each in read_history(filesystem, target.parent).entries):
+        raise ConfigError(
+            f"{target.parent} is the directory of a run, whose Checkpointer alone knows what comes "
+            "after what: choose a path beside it, or another name than one of a step"
+        )
+    return NO_LINEAGE

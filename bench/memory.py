@@ -87,7 +87,7 @@ def child(options: argparse.Namespace) -> None:
             PeakMemory(SAMPLE_SECONDS) as memory,
             asyncsave.Checkpointer(
                 directory / "run",
-                memory_limit=limit,  # type: ignore[arg-type]
+                memory_limit=limit,
                 compression=options.level,
                 keep_last=1,
                 signals=(),

@@ -148,6 +148,6 @@ def test_memory_that_lacks_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
         "asyncsave.storage.reader._read_all",
         lambda _, path, *more, **options: path.read_bytes(),
     )
-    with pytest.raises(asyncsave.LoadError, match="no memory") as caught:
+    with pytest.raises(asyncsave.LoadError, match="cannot be read now") as caught:
         asyncsave.load(tmp_path)
     assert not isinstance(caught.value, asyncsave.IntegrityError)

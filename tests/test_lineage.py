@@ -175,7 +175,8 @@ def test_damage_costs_no_sound_one_its_place(tmp_path: Path) -> None:
         save(tmp_path, step, **options)
         assert newest_of(tmp_path) == step
         assert asyncsave.load(tmp_path)["step"] == step
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000040"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-000000030", "step-000000040"], "what cannot be read is not pruned"
 
 
 def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(
@@ -201,10 +202,96 @@ def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(
         ckpt._run._known.clear()
         ckpt.save(30, state_of(30), block=True)
         monkeypatch.setattr(history, "read_record", read)
-        assert 30 in ckpt.steps()
+        assert ckpt.steps() == [10, 20, 30]
         assert asyncsave.load(tmp_path)["step"] == 30
         ckpt.save(40, state_of(40), block=True)
         assert ckpt.steps() == [40]
+
+
+@pytest.mark.parametrize("what", ["an empty directory", "a copy"])
+@pytest.mark.parametrize("step", [15, 99])
+def test_a_stray_directory_displaces_nothing(tmp_path: Path, what: str, step: int) -> None:
+    save(tmp_path, 10, 20, 30)
+    stray = tmp_path / f"step-{step:09d}"
+    if what == "a copy":
+        shutil.copytree(tmp_path / "step-000000020", stray)
+    else:
+        stray.mkdir()
+    assert newest_of(tmp_path) == 30
+    for each in (40, 50):
+        save(tmp_path, each, keep_last=1)
+        assert newest_of(tmp_path) == each
+    assert stray.exists()
+
+
+def test_one_of_another_run_that_is_copied_in_costs_none_of_the_runs_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "other", *range(1, 11))
+    with make(tmp_path / "run", keep_last=1) as ckpt:
+        ckpt.save(2, state_of(2), block=True)
+        shutil.copytree(tmp_path / "other" / "step-000000010", tmp_path / "run" / "step-000000010")
+        ckpt.save(3, state_of(3), block=True)
+        assert "nothing is pruned" in caplog.text
+        ckpt.save(4, state_of(4), block=True)
+        assert ckpt.latest_step() == 4
+        assert ckpt.load()["step"] == 4
+
+
+def test_a_single_save_keeps_the_place_of_what_it_overwrites(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20, 30)
+    asyncsave.save(state_of(31), tmp_path / "step-000000030", overwrite=True).result()
+    assert asyncsave.load(tmp_path)["step"] == 31
+    with pytest.raises(asyncsave.ConfigError, match="directory of a run"):
+        asyncsave.save(state_of(40), tmp_path / "step-000000040")
+    asyncsave.save(state_of(40), tmp_path / "best").result()
+    assert save(tmp_path, 50) == [10, 20, 30, 50]
+
+
+def test_a_checkpoint_is_no_directory_of_a_run(tmp_path: Path) -> None:
+    asyncsave.save(state_of(1), tmp_path / "a").result()
+    with pytest.raises(asyncsave.ConfigError, match="is a checkpoint itself"):
+        make(tmp_path / "a")
+
+
+def test_a_part_of_an_older_one_is_no_rollback(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    with make(tmp_path) as ckpt:
+        ckpt.restore(state_of(0))
+        ckpt.restore(state_of(0), step=10, keys="w")
+        ckpt.save(30, state_of(30), block=True)
+        assert ckpt.steps() == [10, 20, 30]
+
+
+def test_a_report_that_raises_does_not_undo_the_rollback(tmp_path: Path) -> None:
+    def report(_: Any) -> None:
+        raise ZeroDivisionError
+
+    save(tmp_path, 10, 20)
+    with make(tmp_path) as ckpt:
+        with pytest.raises(ZeroDivisionError):
+            ckpt.restore(state_of(0), step=10, report=report)
+        ckpt.save(15, state_of(15), block=True)
+    assert newest(tmp_path) == 15
+
+
+def test_a_mount_that_is_stale_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncsave.storage.filesystem import LocalFileSystem
+
+    save(tmp_path, 10, 20)
+    opened = LocalFileSystem.open
+
+    def stale(self: Any, path: Path) -> Any:
+        if path.parent.name == "step-000000020":
+            raise OSError(116, "Stale file handle", str(path))
+        return opened(self, path)
+
+    monkeypatch.setattr(LocalFileSystem, "open", stale)
+    with pytest.raises(asyncsave.LoadError, match="Stale") as caught:
+        asyncsave.load(tmp_path)
+    assert not isinstance(caught.value, asyncsave.IntegrityError)
 
 
 def test_all_of_the_line_is_damaged(tmp_path: Path) -> None:
@@ -390,6 +477,10 @@ def test_one_that_is_in_place_but_not_known_to_be_durable_is_the_last_one(
             handle = ckpt.save(20, state_of(20))
             assert handle is not None
             assert isinstance(handle.exception(), asyncsave.CommitError)
+        ckpt.restore(state_of(0), step=10)
+        ckpt.save(15, state_of(15), block=True)
+        assert ckpt.steps() == [10, 15], "a rollback from it is one"
+        ckpt.restore(state_of(0), step=20)
         ckpt.save(20, state_of(21), block=True)
         ckpt.save(30, state_of(30), block=True)
         assert ckpt.steps() == [10, 20, 30]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LoadError
+from ..errors import CheckpointNotFoundError, LoadError
 from .filesystem import FileSystem
 from .lineage import Lineage
 from .manifest import CheckpointRecord
@@ -16,12 +16,18 @@ from .steps import check_name, list_steps, step_path
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One checkpoint of a run's directory: its record, or why that cannot be had."""
+    """One checkpoint of a run's directory: its record, or why that cannot be had.
+
+    Attributes:
+        stray: the run cannot have committed it under that name, as it is no checkpoint, or the copy
+            of another one.
+    """
 
     step: int
     path: Path
     record: CheckpointRecord | None = None
     error: LoadError | None = None
+    stray: bool = False
 
     @property
     def lineage(self) -> Lineage:
@@ -62,7 +68,8 @@ class History:
         there is room for it: in the line, a gap in the serials between the two steps that its own
         is between; or a serial that was left and that no other one has. Otherwise it is newer than
         all others, and those that it cannot have come from, being of later steps, are taken for
-        left: the damage of the newest checkpoint must not bring back what a rollback had left.
+        left: the damage of the newest checkpoint must not bring back what a rollback had left. What
+        is stray says nothing of the others.
         """
         known = [each for each in entries if each.record is not None]
         known.sort(key=lambda each: (each.lineage.serial, each.step))
@@ -70,9 +77,11 @@ class History:
         line = [each for each in known if head.came_from(each.lineage.serial)]
         left = [each for each in known if not head.came_from(each.lineage.serial)]
         newer = []
+        strays = sorted((each for each in entries if each.stray), key=lambda each: each.step)
         spare = sum(last - first + 1 for first, last in head.left) - len(left)
         for each in sorted(
-            (each for each in entries if each.record is None), key=lambda each: each.step
+            (each for each in entries if each.record is None and not each.stray),
+            key=lambda each: each.step,
         ):
             at = _room(line, each.step)
             if at is not None:
@@ -85,6 +94,11 @@ class History:
         if newer:
             left += [each for each in line if each.step > newer[0].step]
             line = [each for each in line if each.step < newer[0].step] + newer
+        for each in strays:  # of later steps, they are tried, so that somebody hears of them
+            if all(other.step < each.step for other in line):
+                line.append(each)
+            else:
+                left.insert(0, each)
         top = head.serial + len(entries) - len(known)
         return cls(tuple(reversed(line)), tuple(reversed(left)), top)
 
@@ -118,12 +132,15 @@ def read_history(
     entries = []
     for step in list_steps(filesystem, directory):
         path = step_path(directory, step)
+        record, stray = known.get(step), False
         try:
-            if step not in known:
+            if record is None:
                 record = read_record(filesystem, path)
+                stray = True
                 check_name(path, record.step)
                 known[step] = record
-            entries.append(Entry(step, path, known[step]))
+            entries.append(Entry(step, path, record))
         except LoadError as error:
-            entries.append(Entry(step, path, error=error))
+            stray = stray or isinstance(error, CheckpointNotFoundError)
+            entries.append(Entry(step, path, error=error, stray=stray))
     return History.of(entries)

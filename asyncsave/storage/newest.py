@@ -90,6 +90,8 @@ def first_sound(
             continue
         if errors:
             _log.warning("used %s instead", each.path)
+            if sound := [entry.path.name for entry in history.left if entry.record is not None]:
+                _log.warning("not tried, as a rollback had left them, or may have: %s", sound)
         _warn_of_unreadable(history, each)
         _note_loaded(each.path, record)
         return result

@@ -311,8 +311,8 @@ class Checkpoint:
         try:
             count = file.read_into(chunk.offset, memory.data)
         except OSError as cause:
-            if cause.errno == errno.ENOMEM:
-                raise LoadError(f"there is no memory to read {self.path}: {cause}") from cause
+            if cause.errno in _PASSING:
+                raise LoadError(f"{self.path} cannot be read now: {cause}") from cause
             raise self._damage(chunk, f"cannot be read: {cause}") from cause
         if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
             raise self._damage(chunk, "does not have the checksum it was written with")
@@ -393,7 +393,11 @@ def reader_threads() -> int:
     return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
-_SAYS_NOTHING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_PASSING = {
+    *(errno.ENOMEM, errno.EINTR),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN),
+}
+_SAYS_NOTHING = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, *_PASSING}
 """Refusals that are no damage: to go on from an older checkpoint would lose work."""
 
 
@@ -444,6 +448,8 @@ def _read_all(
     except MemoryError as cause:
         raise LoadError(f"there is no memory for the {file.nbytes} bytes of {path}") from cause
     except OSError as cause:
+        if cause.errno in _PASSING:
+            raise LoadError(f"{path} cannot be read now: {cause}") from cause
         raise IntegrityError(f"{path} cannot be read: {cause}", path=path, offset=0) from cause
     finally:
         file.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ from ..errors import (
     write_error,
 )
 from .filesystem import FileSystem
-from .history import Entry, History, read_history
+from .history import History, read_history
 from .lineage import NO_LINEAGE, Lineage
-from .manifest import CheckpointRecord
+from .manifest import CHECKPOINT_FILE, CheckpointRecord
 from .newest import Position, forget_loaded, loaded
 from .notes import parse_step
 from .retention import Policy, prune, sweep
@@ -66,8 +67,14 @@ class RunDirectory:
     ) -> None:
         if existing not in ("refuse", "set_aside"):
             raise ConfigError(f"existing={existing!r} must be 'refuse' or 'set_aside'")
+        if filesystem.exists(path / CHECKPOINT_FILE):
+            raise ConfigError(
+                f"{path} is a checkpoint itself; a run needs a directory for its own, which may be "
+                "inside it or beside it"
+            )
         self._filesystem = filesystem
         self.path = path
+        self._mutex = threading.RLock()  # the background reads the history as well
         self.policy = policy
         self._existing = existing
         self._known: dict[int, CheckpointRecord] = {}
@@ -106,7 +113,8 @@ class RunDirectory:
 
     def history(self) -> History:
         """Return all its checkpoints in order."""
-        return read_history(self._filesystem, self.path, self._known)
+        with self._mutex:
+            return read_history(self._filesystem, self.path, self._known)
 
     def find(self, step: Step | None) -> Path:
         """Return where the checkpoint of ``step`` is; the directory for None.
@@ -146,12 +154,15 @@ class RunDirectory:
 
     # -- going on ---------------------------------------------------------------------------------
 
-    def restored(self, path: Path, record: CheckpointRecord) -> int:
-        """Note that the run goes on from this checkpoint of its own; return its step."""
-        position = Position.of(path, record)
-        assert position is not None
-        self._position, self._restored = position, position.step
-        return position.step
+    def restored(self, path: Path, record: CheckpointRecord, *, whole: bool) -> None:
+        """Note that the run goes on from this checkpoint of its own.
+
+        Args:
+            whole: it was restored as a whole. A part of one moves nobody who is under way.
+        """
+        if whole or self._position is None:
+            self._position = Position.of(path, record)
+            self._restored = None if self._position is None else self._position.step
 
     def check(self, step: int) -> None:
         """Refuse what the first save would refuse, before the training has come that far.
@@ -249,20 +260,32 @@ class RunDirectory:
         if self.policy == Policy():
             return
         history = self.history()
-        line, entries = ([e.step for e in some] for some in (history.line, history.entries))
-        doomed = self.policy.doomed(line, entries, self._metric)
-        # What the disk does not give now may be the best, or the newest, and is asked again. And
-        # whatever the others look like, this one is sound.
-        stays = {step, *(each.step for each in history.entries if _is_silent(each))}
-        gone = prune(self._filesystem, self.path, [each for each in doomed if each not in stays])
-        for each in gone:
-            self._known.pop(each, None)
+        self._top = max(self._top, history.top)
+        # What cannot be read is neither pruned nor counted: it may be read again tomorrow.
+        line, entries = (
+            [each.step for each in some if each.record is not None]
+            for some in (history.line, history.entries)
+        )
+        if line[:1] != [step]:
+            _log.warning(
+                "nothing is pruned in %s now: what was saved last, step %d, does not look like the "
+                "newest beside step %s, which this run did not save",
+                self.path,
+                step,
+                line[0] if line else "…",
+            )
+            return
+        gone = prune(self._filesystem, self.path, self.policy.doomed(line, entries, self._metric))
+        with self._mutex:
+            for each in gone:
+                self._known.pop(each, None)
         if gone:
             _log.info("pruned %s: step %s", self.path, _few(sorted(gone)))
 
     def go_on_from(self, step: int, lineage: Lineage) -> None:
         """Note that a checkpoint was put in place, from which the next one goes on."""
-        self._known.pop(step, None)
+        with self._mutex:
+            self._known.pop(step, None)
         self._position, self._restored = Position(step, lineage), None
         forget_loaded(self.path)
 
@@ -292,10 +315,6 @@ def _is_there(position: Position, history: History) -> bool:
     return any(
         each.step == position.step and each.lineage == position.lineage for each in history.entries
     )
-
-
-def _is_silent(entry: Entry) -> bool:
-    return entry.error is not None and isinstance(entry.error.__cause__, OSError)
 
 
 def _few(steps: list[int]) -> str:
