@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .state.tree import unflatten
 from .storage.manifest import extent_bytes
 from .storage.reader import Checkpoint, Run
 from .tangle import contradictions, untangle, value_of
+
+_log = logging.getLogger("asyncsave")
 
 
 def apply(checkpoint: Checkpoint, match: Match) -> int:
@@ -116,7 +119,8 @@ def _load_objects(checkpoint: Checkpoint, match: Match, states: list[Any]) -> No
             _put_back(before)
             if not isinstance(cause, Exception):
                 raise  # the user's own interrupt, now that all is as it was
-            reason = f"{show(each.name)}: {type(into).__name__}.load_state_dict refused: {cause}"
+            why = str(cause) if type(cause) in _SAYS_WHY else repr(cause)
+            reason = f"{show(each.name)}: {type(into).__name__}.load_state_dict refused: {why}"
             raise MismatchError(f"{checkpoint.path} does not fit the state:", [reason]) from cause
     if nothing:
         _put_back(before)
@@ -124,10 +128,18 @@ def _load_objects(checkpoint: Checkpoint, match: Match, states: list[Any]) -> No
         raise MismatchError(f"{checkpoint.path} does not fit the state:", names)
 
 
+_SAYS_WHY = (ValueError, RuntimeError, TypeError, MismatchError)
+
+
 def _put_back(before: list[tuple[Any, Any]]) -> None:
     for done, old in before:
-        if old is not None:
-            done.load_state_dict(old)
+        try:
+            if old is not None:
+                done.load_state_dict(old)
+        except Exception as error:  # the others are put back all the same
+            _log.warning(
+                "restore: %s could not be put back to what it was: %r", type(done).__name__, error
+            )
 
 
 def _load_module(match: Match, each: Loading, state: Any) -> bool:

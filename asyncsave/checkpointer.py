@@ -429,6 +429,8 @@ class Checkpointer:
             return  # a forked child's copy has nothing
         with self._turns.take():
             if not self._turns.closed:
+                if self._signals.arrived and not self._should_stop:
+                    _log.warning("a signal arrived after the last step; nothing was saved for it")
                 # all of it may be done again, by who closes again after an interrupt
                 self._signals.close()
                 self._pipeline.close()

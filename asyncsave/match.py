@@ -85,6 +85,7 @@ class Match:
         missing: names that only the state has.
         unexpected: names that only the checkpoint has.
         cast_names: names of tensors whose dtype is converted.
+        copies: names of dicts that look like what an optimizer's ``state_dict()`` has returned.
         absent: what matched nothing, though there are values in it.
     """
 
@@ -99,6 +100,7 @@ class Match:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     cast_names: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
     absent: dict[str, Any] = field(default_factory=dict)
 
     def root(self, into: Any, tree: Node) -> None:
@@ -214,6 +216,8 @@ class Match:
             )
             return
         saved = entries(node)
+        if into.keys() == {"state", "param_groups"}:
+            self.copies.append(show(name))
         names = dict(zip(saved, map(key_name, node.keys), strict=True))
         prefix = f"{name}." if name else ""
         if not into and takes_all:

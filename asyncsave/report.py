@@ -258,17 +258,20 @@ class TuneReport:
         others = [row for row in self.rows if row.level > 0]
         if best.level == 0 and others:
             other = min(others, key=lambda row: row.durable_seconds)
+            sooner = other.durable_seconds < best.durable_seconds
             why = (
                 f"durable after {_seconds(best.durable_seconds)}; compressing does not get there "
-                f"sooner here (level {other.level}, the soonest, takes "
-                f"{_seconds(other.durable_seconds)}) and costs CPU time"
+                f"{'reliably ' if sooner else ''}sooner here (level {other.level}, the soonest, "
+                f"takes {_seconds(other.durable_seconds)}"
+                f"{', and as long at times' if sooner else ''}) and costs CPU time"
             )
         else:
             why = f"durable after {_seconds(best.durable_seconds)}"
             off = next((row for row in self.rows if row.level == 0), None)
             if off is not None and best.level:
                 why += f" instead of {_seconds(off.durable_seconds)}"
-                why += f", in {1 - 1 / best.ratio:.0%} less space"
+                if best.ratio > 1:
+                    why += f", in {1 - 1 / best.ratio:.0%} less space"
         saved = 1 - smallest.stored_bytes / best.stored_bytes
         if saved >= _WORTH_SAYING:
             why += (

@@ -247,6 +247,12 @@ def _tell(done: RestoreReport, match: Match, nbytes: int) -> None:
     """Log what was restored, in one line, and what surprisingly was not."""
     for name in () if match.strict else match.untouched():
         _log.warning("restore: %s has nothing of %r, which stays as it was", done.path, name)
+    for name in match.copies:
+        _log.warning(
+            "restore: %s is what an optimizer's state_dict() returned, and the optimizer does not "
+            "look at it again: pass the optimizer itself, or call its load_state_dict() with this",
+            name,
+        )
     step = "" if done.step is None else f"step {done.step} from "
     parts = [f"{len(match.fills)} tensors and {len(match.objects)} objects"]
     parts[0] += f", {gb(nbytes)} in {done.seconds:.2f} s"

@@ -46,7 +46,10 @@ class StopSignals:
             if {signal.SIGKILL, signal.SIGSTOP} & set(self._wanted):
                 raise ValueError("the system does not let SIGKILL and SIGSTOP be handled")
         except (ValueError, TypeError) as cause:
-            raise ConfigError(f"signals={numbers!r} cannot be handled: {cause}") from cause
+            raise ConfigError(
+                f"signals={numbers!r} cannot be handled: {cause}. Give signals, as in "
+                "(signal.SIGTERM,), or () for none"
+            ) from cause
 
     def install(self, tell: Tell) -> None:
         """Handle the signals from now on; called by the training loop's first step.

@@ -176,6 +176,59 @@ def test_metrics_of_other_libraries(tmp_path: Path) -> None:
 # -- keep_best ------------------------------------------------------------------------------------
 
 
+def test_metrics_that_are_not_finite_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(tmp_path) as ckpt:
+        ckpt.save(1, STATE, metrics={"loss": float("nan"), "lr": 0.1}, block=True)
+        assert ckpt.checkpoints()[0].metrics == {"loss": None, "lr": 0.1}
+    assert "'loss' of step 1 is not finite" in caplog.text
+
+
+@pytest.mark.parametrize("keys", [[], [3]])
+def test_keys_that_name_nothing(tmp_path: Path, keys: Any) -> None:
+    with make(tmp_path) as ckpt:
+        ckpt.save(1, STATE, block=True)
+        for use in (lambda: ckpt.load(keys=keys), lambda: ckpt.restore(STATE, keys=keys)):
+            with pytest.raises(asyncsave.ConfigError, match="names nothing"):
+                use()
+
+
+class Loader:
+    """A class with a mistake in its load_state_dict."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"pos": 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.pos = state["position"]
+
+
+def test_a_mistake_in_a_load_state_dict_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncsave.save({"loader": Loader(), "w": torch.ones(1)}, tmp_path / "a").result()
+    into = {"loader": Loader(), "w": torch.zeros(1)}
+    with pytest.raises(asyncsave.MismatchError, match=r"loader: Loader.*KeyError\('position'\)"):
+        asyncsave.restore(tmp_path / "a", into)
+    assert into["w"] == 0  # type: ignore[comparison-overlap]
+    assert "could not be put back" in caplog.text
+
+
+def test_a_copy_of_an_optimizers_state_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    asyncsave.save({"opt": optimizer.state_dict()}, tmp_path / "a").result()
+    asyncsave.restore(tmp_path / "a", {"opt": optimizer})
+    assert caplog.text == ""
+    asyncsave.restore(tmp_path / "a", {"opt": torch.optim.Adam([weight]).state_dict()})
+    assert "opt is what an optimizer's state_dict() returned" in caplog.text
+
+
 def test_which_way_is_better_must_be_said(tmp_path: Path) -> None:
     with pytest.raises(
         asyncsave.ConfigError, match=r"\('accuracy', 'min'\) or \('accuracy', 'max'"
@@ -388,6 +441,13 @@ def test_a_signal_is_never_swallowed(tmp_path: Path, more: str, number: str) -> 
     ended = signalled(tmp_path, number, more)
     assert ended.returncode == -getattr(signal, number), ended.stderr
     assert "went on" not in ended.stdout
+
+
+def test_a_signal_after_the_last_step_is_told(tmp_path: Path) -> None:
+    more = "for i in range(3): ckpt.step(i + 1, state)\nos.kill(os.getpid(), number)"
+    ended = signalled(tmp_path, "SIGTERM", more)
+    assert ended.returncode == 0
+    assert "a signal arrived after the last step; nothing was saved for it" in ended.stderr
 
 
 def test_a_notebook_keeps_its_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,22 @@ def test_a_part_of_an_older_one_is_no_rollback(tmp_path: Path) -> None:
         assert ckpt.steps() == [10, 20, 30]
 
 
+def test_a_run_that_was_resumed_at_a_lower_step_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Saved out of order, it is told of; and a restart must not end at the later step each time."""
+    with make(tmp_path) as ckpt:
+        for step in (100, 200, 300, 250):
+            ckpt.save(step, state_of(step), block=True)
+    assert "step 250 is saved after step 300" in caplog.text
+    with make(tmp_path) as ckpt:
+        assert ckpt.restore(state_of(0)) == 250
+        ckpt.save(300, state_of(301), block=True)
+        ckpt.save(350, state_of(350), block=True)
+        assert ckpt.load(step=300)["step"] == 301
+        assert ckpt.latest_step() == 350
+
+
 def test_a_report_that_raises_does_not_undo_the_rollback(tmp_path: Path) -> None:
     def report(_: Any) -> None:
         raise ZeroDivisionError

@@ -216,6 +216,13 @@ def test_every_dtype_of_this_torch_is_saved_or_refused_by_name(tmp_path: Path) -
                 asyncsave.save(state, tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_are_refused(tmp_path: Path) -> None:
+    value = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(asyncsave.StateError, match="'a' is a nested tensor"):
+        asyncsave.save({"a": value}, tmp_path / "a")
+
+
 @pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     value = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)

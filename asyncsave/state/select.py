@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..errors import ConfigError
 from .nodes import CONTAINERS, DictNode, Node, ObjectNode, OrderedDictNode, children, parts
 
 _LONGEST_NAME = 4096
@@ -68,8 +69,14 @@ def select(tree: Node, keys: str | Sequence[str], omitted: Node = None) -> tuple
 
 
 def patterns_of(keys: str | Sequence[str]) -> list[str]:
-    """Return the globs that a ``keys=`` is."""
-    return [keys] if isinstance(keys, str) else list(keys)
+    """Return the globs that a ``keys=`` is; ConfigError if it is none."""
+    patterns = [keys] if isinstance(keys, str) else list(keys)
+    if not patterns or not all(isinstance(each, str) for each in patterns):
+        raise ConfigError(
+            f"keys={keys!r:.200} names nothing: give a glob such as 'model.*', or several, or "
+            "leave it out"
+        )
+    return patterns
 
 
 def is_named(name: str, patterns: Sequence[str]) -> bool:

@@ -198,7 +198,12 @@ class _Flattener:
         return TensorNode(len(flat.values) - 1)
 
     def _tensor(self, value: torch.Tensor, name: str, depth: int) -> Node:
-        if value.layout is not torch.strided or value.dtype not in _KNOWN or value.is_meta:
+        if (
+            value.layout is not torch.strided
+            or value.dtype not in _KNOWN
+            or value.is_meta
+            or value.is_nested
+        ):
             raise StateError(_tensor_refusal(value, name))
         flat = self._flat  # as in _bulk(), without the call
         flat.names.append(name)
@@ -308,6 +313,8 @@ def _tensor_refusal(value: torch.Tensor, name: str) -> str:
     elif value.layout is not torch.strided:
         why = f"has layout {value.layout}"
         hint = "save value.to_dense(), or its indices and values"
+    elif value.is_nested:
+        why, hint = "is a nested tensor", "save list(value.unbind())"
     elif value.is_quantized:
         why, hint = "is quantized", "save value.int_repr(), its scale and its zero point"
     elif value.dtype not in _KNOWN:

@@ -60,7 +60,7 @@ class Policy:
             name = metric if isinstance(metric, str) and metric else "loss"
             raise ConfigError(
                 f"keep_best={keep_best!r} must say which way is better: ({name!r}, 'min') or "
-                f"({name!r}, 'max'), and may say how many: ({name!r}, 'min', 3)"
+                f"({name!r}, 'max'), and may say how many, one or more: ({name!r}, 'min', 3)"
             )
         return cls(keep_last, keep_every, (metric, mode, count))
 

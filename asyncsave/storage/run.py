@@ -80,6 +80,7 @@ class RunDirectory:
         self._known: dict[int, CheckpointRecord] = {}
         self._position: Position | None = None
         self._restored: int | None = None
+        self._resumed: Position | None = None  # what this process went on from at first
         self._warned = False
         try:
             filesystem.make_directories(path)
@@ -163,6 +164,7 @@ class RunDirectory:
         if whole or self._position is None:
             self._position = Position.of(path, record)
             self._restored = None if self._position is None else self._position.step
+            self._resumed = self._position
 
     def check(self, step: int) -> None:
         """Refuse what the first save would refuse, before the training has come that far.
@@ -192,6 +194,12 @@ class RunDirectory:
             self._set_aside()
         self._found = None
         now = NO_LINEAGE if self._position is None else self._position.lineage
+        if self._position is not None and step < self._position.step:
+            _log.warning(
+                "step %d is saved after step %d, and is the newest then: restore() will take it",
+                step,
+                self._position.step,
+            )
         replaces = self._filesystem.exists(step_path(self.path, step))
         if replaces:
             self._check_replaced(step, now)
@@ -206,6 +214,7 @@ class RunDirectory:
         if fitting or (candidates and self._existing == "refuse"):
             chosen = max(fitting or candidates, key=lambda each: each.lineage.serial)
             self._position, self._restored = chosen, chosen.step
+            self._resumed = chosen
         elif history.entries and self._existing == "refuse":
             steps = sorted(each.step for each in history.entries)
             raise CheckpointExistsError(
@@ -226,7 +235,13 @@ class RunDirectory:
         if there.record is None:
             given_up = position is not None and step > position.step
         else:
-            given_up = not now.came_from(there.lineage.serial)
+            # of a later step than the run was resumed at: it was committed before, out of order
+            resumed = self._resumed
+            given_up = not now.came_from(there.lineage.serial) or (
+                resumed is not None
+                and step > resumed.step
+                and resumed.lineage.came_from(there.lineage.serial)
+            )
         if not given_up:
             raise CheckpointExistsError(
                 f"{path} is there already, and this run came from it; to go back there, "
@@ -290,7 +305,15 @@ class RunDirectory:
         forget_loaded(self.path)
 
     def warn_of_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Log a warning if ``keep_best`` cannot judge a checkpoint by what was given."""
+        """Log a warning of metrics that are not finite, or that ``keep_best`` lacks."""
+        for each, value in metrics.items():
+            if value is None:
+                _log.warning(
+                    "the metric %r of step %d is not finite: it is stored as null, and keep_best "
+                    "does not count it",
+                    each,
+                    step,
+                )
         if self.policy.best is None:
             return
         name = self.policy.best[0]
@@ -305,10 +328,6 @@ class RunDirectory:
                     given,
                 )
             self._warned = True
-        elif metrics[name] is None:
-            _log.warning(
-                "the metric %r of step %d is not finite: keep_best does not count it", name, step
-            )
 
 
 def _is_there(position: Position, history: History) -> bool:
