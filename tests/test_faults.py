@@ -154,12 +154,19 @@ def test_short_and_slow_operations_change_nothing(
                 for step in (1, 2):
                     ckpt.save(step, state_of(step), block=True)
                 faults.on = False
-            kinds |= {faults.hit.kind} if faults.hit else set()
-            assert names(directory) == ["step-000000002"]
-            assert_same(asyncsave.load(directory), state_of(2))
+                kind = faults.hit.kind if faults.hit else ""
+                kinds |= {kind}
+                if kind == "read" and fault == "short":
+                    # a record that looks cut off: nothing is pruned until it is read whole
+                    assert "step-000000002" in names(directory)
+                else:
+                    assert names(directory) == ["step-000000002"]
+                ckpt.save(3, state_of(3), block=True)
+            assert names(directory) == ["step-000000003"]
+            assert_same(asyncsave.load(directory), state_of(3))
             asyncsave.verify(directory)
             shutil.rmtree(directory)
-        assert "write" in kinds
+        assert kinds >= {"write", "read"}
 
 
 def test_short_writes_of_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

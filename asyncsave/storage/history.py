@@ -94,11 +94,9 @@ class History:
         if newer:
             left += [each for each in line if each.step > newer[0].step]
             line = [each for each in line if each.step < newer[0].step] + newer
-        for each in strays:  # of later steps, they are tried, so that somebody hears of them
-            if all(other.step < each.step for other in line):
-                line.append(each)
-            else:
-                left.insert(0, each)
+        for each in strays:  # tried where their steps say, so that somebody hears of them
+            before = [at for at, other in enumerate(line, 1) if other.step < each.step]
+            line.insert(before[-1] if before else 0, each)
         top = head.serial + len(entries) - len(known)
         return cls(tuple(reversed(line)), tuple(reversed(left)), top)
 

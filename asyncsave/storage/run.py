@@ -282,12 +282,13 @@ class RunDirectory:
             for some in (history.line, history.entries)
         )
         if line[:1] != [step]:
+            why = [each.error for each in history.entries if each.step == step and each.error]
+            beside = f"does not look like the newest beside step {line[0] if line else '(none)'}"
             _log.warning(
-                "nothing is pruned in %s now: what was saved last, step %d, does not look like the "
-                "newest beside step %s, which this run did not save",
+                "nothing is pruned in %s now: what was saved last, step %d, %s",
                 self.path,
                 step,
-                line[0] if line else "…",
+                f"cannot be read: {why[0]}" if why else f"{beside}, which this run did not save",
             )
             return
         gone = prune(self._filesystem, self.path, self.policy.doomed(line, entries, self._metric))
