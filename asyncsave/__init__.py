@@ -1,47 +1,85 @@
 """asyncsave writes PyTorch checkpoints in the background, inside a memory limit, and safely.
 
 See `Checkpointer` for training loops; `save`, `load`, `restore` and `verify` for single
-checkpoints; `tune` for which compression to use.
+checkpoints; `tune` for which compression to use; `asyncsave.numpy` to load without torch.
+
+Each name is imported when it is first asked for: whoever only looks at checkpoints waits for no
+torch, and needs none.
 """
 
-from ._version import __version__
-from .checkpointer import Checkpointer
-from .codec.choose import Compression
-from .errors import (
-    AsyncSaveError,
-    BusyError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
-    ClosedError,
-    CommitError,
-    ConfigError,
-    DiskFullError,
-    FormatError,
-    IntegrityError,
-    LoadError,
-    MismatchError,
-    SaveError,
-    StagingError,
-    StateError,
-    UnsupportedVersionError,
-    WriteError,
-)
-from .handle import SaveHandle
-from .listing import checkpoints, verify
-from .report import (
-    CheckpointInfo,
-    RestoreReport,
-    SaveReport,
-    Stats,
-    TuneReport,
-    TuneRow,
-    VerifyReport,
-)
-from .restore import load, restore
-from .single import save
-from .state.rng import RngState
-from .tune import tune
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import numpy
+    from .codec.compression import Compression
+    from .errors import (
+        AsyncSaveError,
+        BusyError,
+        CheckpointExistsError,
+        CheckpointNotFoundError,
+        ClosedError,
+        CommitError,
+        ConfigError,
+        DiskFullError,
+        FormatError,
+        IntegrityError,
+        LoadError,
+        MismatchError,
+        SaveError,
+        StagingError,
+        StateError,
+        UnsupportedVersionError,
+        WriteError,
+    )
+    from .pipeline.handle import SaveHandle
+    from .reading.listing import checkpoints, verify
+    from .report import CheckpointInfo, RestoreReport, SaveReport, Stats, VerifyReport
+    from .restoring.restore import load, restore
+    from .run.checkpointer import Checkpointer
+    from .saver import save
+    from .state.rng import RngState
+    from .tuning.measure import tune
+    from .tuning.report import TuneReport, TuneRow
+
+_ROOMS = {
+    "AsyncSaveError": "errors",
+    "BusyError": "errors",
+    "CheckpointExistsError": "errors",
+    "CheckpointInfo": "report",
+    "CheckpointNotFoundError": "errors",
+    "Checkpointer": "run.checkpointer",
+    "ClosedError": "errors",
+    "CommitError": "errors",
+    "Compression": "codec.compression",
+    "ConfigError": "errors",
+    "DiskFullError": "errors",
+    "FormatError": "errors",
+    "IntegrityError": "errors",
+    "LoadError": "errors",
+    "MismatchError": "errors",
+    "RestoreReport": "report",
+    "RngState": "state.rng",
+    "SaveError": "errors",
+    "SaveHandle": "pipeline.handle",
+    "SaveReport": "report",
+    "StagingError": "errors",
+    "StateError": "errors",
+    "Stats": "report",
+    "TuneReport": "tuning.report",
+    "TuneRow": "tuning.report",
+    "UnsupportedVersionError": "errors",
+    "VerifyReport": "report",
+    "WriteError": "errors",
+    "checkpoints": "reading.listing",
+    "load": "restoring.restore",
+    "restore": "restoring.restore",
+    "save": "saver",
+    "tune": "tuning.measure",
+    "verify": "reading.listing",
+}
 __all__ = [
     "AsyncSaveError",
     "BusyError",
@@ -74,8 +112,32 @@ __all__ = [
     "__version__",
     "checkpoints",
     "load",
+    "numpy",
     "restore",
     "save",
     "tune",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "numpy":
+        return importlib.import_module(".numpy", __name__)
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        room = importlib.import_module(f".{_ROOMS[name]}", __name__)
+    except ModuleNotFoundError as cause:
+        if cause.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"asyncsave.{name} needs torch, which is not here: pip install torch. To read a "
+            "checkpoint without it: asyncsave.numpy.load(path)",
+            name="torch",
+        ) from cause
+    value = globals()[name] = getattr(room, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

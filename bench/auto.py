@@ -42,10 +42,10 @@ from rich.table import Table
 from training import Training
 
 import asyncsave
-from asyncsave.codec.choose import CompressionSetting, parse_compression
-from asyncsave.pipeline import Pipeline
+from asyncsave.codec.compression import CompressionSetting, parse_compression
+from asyncsave.pipeline.pipeline import Pipeline
+from asyncsave.pipeline.save import Target
 from asyncsave.storage.filesystem import FileSystem, LocalFileSystem, WritableFile
-from asyncsave.task import Target
 
 LAYERS, WIDTH, HEADS, CONTEXT = 5, 768, 12, 64  # 36 M parameters, 428 MB of state
 TRAINING_STEPS = 60

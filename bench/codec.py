@@ -43,7 +43,7 @@ from rich.table import Table
 from training import Training
 
 from asyncsave.codec.frame import Decoder, Encoder, coding_for
-from asyncsave.memory import CHUNK_BYTES
+from asyncsave.pipeline.budget import CHUNK_BYTES
 
 LAYERS, WIDTH, HEADS = 5, 384, 6  # 9 M parameters: three chunks of 16 MiB for each kind in fp32
 STEPS = 400

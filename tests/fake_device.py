@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import asyncsave
-from asyncsave.pipeline import Pipeline
+from asyncsave.pipeline.pipeline import Pipeline
 from asyncsave.storage.filesystem import LocalFileSystem
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 import asyncsave
-from asyncsave.dtypes import DTYPES
-from asyncsave.state import nodes
+from asyncsave.format.dtypes import DTYPES
+from asyncsave.state import values
 
 from .support import bits
 
 GOLDEN = Path(__file__).parent / "golden"
 
-TORCH_DTYPES = [dtype for name, dtype in sorted(nodes.TORCH_DTYPES.items()) if name in DTYPES]
+TORCH_DTYPES = [dtype for name, dtype in sorted(values.TORCH_DTYPES.items()) if name in DTYPES]
 
 _LATER_THAN_2_6 = {"float8_e8m0fnu", "float4_e2m1fn_x2", "bcomplex32"}
 

@@ -36,7 +36,7 @@ import psutil
 import torch
 
 import asyncsave
-import asyncsave.checkpointer
+import asyncsave.run.checkpointer
 from asyncsave import Checkpointer
 
 from .faultfs import FaultFileSystem, Faults
@@ -109,7 +109,7 @@ class Soak:
     def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         faults = RandomFaults(self.chance)
-        asyncsave.checkpointer.LocalFileSystem = (  # type: ignore[misc,assignment]
+        asyncsave.run.checkpointer.LocalFileSystem = (  # type: ignore[misc,assignment]
             lambda: FaultFileSystem(faults)
         )
         training = Training(0)
@@ -260,12 +260,12 @@ def own_threads() -> list[str]:
 def soak(seconds: float, seed: int) -> str:
     """Run; return the line of figures. Raises `ViolationError`."""
     directory = Path(tempfile.mkdtemp(prefix="asyncsave-soak-"))
-    began, real = time.monotonic(), asyncsave.checkpointer.LocalFileSystem
+    began, real = time.monotonic(), asyncsave.run.checkpointer.LocalFileSystem
     it = Soak(directory / "run", random.Random(seed))
     try:
         it.run(seconds)
     finally:
-        asyncsave.checkpointer.LocalFileSystem = real  # type: ignore[misc]
+        asyncsave.run.checkpointer.LocalFileSystem = real  # type: ignore[misc]
         shutil.rmtree(directory, ignore_errors=True)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(it.counts.items()))
     settled = min(SETTLED_ROUNDS, it.counts["rounds"] - 1)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from asyncsave.dtypes import DTYPES as KNOWN_DTYPES
-from asyncsave.state.nodes import TORCH_DTYPES
+from asyncsave.format.dtypes import DTYPES as KNOWN_DTYPES
+from asyncsave.state.values import TORCH_DTYPES
 
 
 class Point(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncsave.snapshot.available import available_memory
+from asyncsave.available import available_memory
 
 MIB = 1 << 20
 V1_MOUNT = "cgroup cgroup rw,memory"
@@ -239,7 +239,7 @@ def limited_group(nbytes: int) -> Iterator[Path]:
 
 IN_GROUP = """
 import os, sys, torch, asyncsave
-from asyncsave.snapshot.available import available_memory
+from asyncsave.available import available_memory
 print(available_memory(), flush=True)
 state = {f"w{i}": torch.ones(8 << 20) for i in range(int(sys.argv[2]))}        # each of 32 MiB
 with open(sys.argv[1] + "/cache", "wb") as file:                               # fills the cache

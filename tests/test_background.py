@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import asyncsave
+from asyncsave.pipeline.save import Frame
+from asyncsave.pipeline.stages import _runs
 from asyncsave.snapshot.arena import Arena
-from asyncsave.stages import _runs
 from asyncsave.state.plan import Chunk
-from asyncsave.task import Frame
 
 from .faultfs import FaultFileSystem, Faults
 
@@ -37,13 +37,15 @@ def writes_of(faults: Faults) -> list[tuple[int, int]]:
 def test_neighbours_are_written_together(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compression: asyncsave.checkpointer.CompressionSetting,
+    compression: asyncsave.run.checkpointer.CompressionSetting,
     memory_limit: int | str,
     expected: list[int] | None,
 ) -> None:
     faults = Faults()
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(faults))
-    monkeypatch.setattr("asyncsave.memory.CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(
+        "asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(faults)
+    )
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
     state = {"w": torch.randn(300_000)}
     with asyncsave.Checkpointer(
         tmp_path, compression=compression, memory_limit=memory_limit, signals=()

@@ -30,7 +30,7 @@ def make(directory: Path, **options: Any) -> Checkpointer:
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> GatedFileSystem:
     filesystem = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
     return filesystem
 
 
@@ -48,7 +48,7 @@ def test_every_steps(tmp_path: Path) -> None:
 
 def test_every_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("asyncsave.cadence.time.monotonic", lambda: now)
+    monkeypatch.setattr("asyncsave.run.cadence.time.monotonic", lambda: now)
     with make(tmp_path, every_seconds=10) as ckpt:
         for step in range(1, 30):
             now += 4.0
@@ -158,7 +158,7 @@ def test_awaiting_raises_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a").mkdir()
 
     gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.single.LocalFileSystem", lambda: gated)
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: gated)
 
     async def main() -> None:
         handle = asyncsave.save(STATE, tmp_path / "a" / "b")
@@ -581,7 +581,7 @@ def test_what_comes_to_be_meanwhile_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.single.LocalFileSystem", lambda: gated)
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: gated)
     handle = asyncsave.save({"x": 1}, tmp_path / "a")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asyncsave import Checkpointer, Compression
-from asyncsave.codec.choose import AUTO_LEVEL, TRY, TRY_BYTES, Chooser
+from asyncsave.pipeline.choose import AUTO_LEVEL, TRY, TRY_BYTES, Chooser
 from asyncsave.storage.filesystem import LocalFileSystem, WritableFile
 
 CHUNK = 16 << 20
@@ -129,7 +129,7 @@ class SlowFileSystem(LocalFileSystem):
 def test_the_first_save_learns_while_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", SlowFileSystem)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", SlowFileSystem)
     state = {"w": torch.randn(480_000) * 0.02}
     with Checkpointer(tmp_path, memory_limit=2 << 20, signals=()) as ckpt:  # chunks of 64 KiB
         for step in (1, 2):

@@ -7,16 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncsave.codec.frame import Decoder, Encoder, coding_for
-from asyncsave.codec.planes import (
-    CODINGS,
-    JOIN_SCRATCH_BYTES,
-    ByteArray,
-    join,
-    plane_lengths,
-    split,
-    views,
-)
+from asyncsave.codec.planes import JOIN_SCRATCH_BYTES, ByteArray, join, split, views
 from asyncsave.codec.zstd import Compressor, Decompressor
+from asyncsave.format.codings import CODINGS, plane_lengths
 
 MAX_BYTES = 1 << 20
 LEVELS = (1, 2, 6, 19)

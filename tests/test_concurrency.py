@@ -34,7 +34,7 @@ def make(directory: Path, **options: Any) -> Checkpointer:
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> GatedFileSystem:
     filesystem = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
     return filesystem
 
 
@@ -89,7 +89,7 @@ OWNER = """
 import sys, time, torch, asyncsave
 from tests.support import GatedFileSystem
 filesystem = GatedFileSystem()
-asyncsave.checkpointer.LocalFileSystem = lambda: filesystem
+asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem
 ckpt = asyncsave.Checkpointer(sys.argv[1])
 filesystem.gate.set()
 ckpt.save(1, {"n": 1, "w": torch.ones(1000)}, block=True)

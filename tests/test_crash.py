@@ -28,11 +28,10 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
+from asyncsave.format.manifest import CHECKPOINT_FILE, rank_file
 from asyncsave.storage import commit as commits
 from asyncsave.storage.filesystem import LocalFileSystem
-from asyncsave.storage.manifest import CHECKPOINT_FILE, rank_file
-from asyncsave.storage.retention import prune
-from asyncsave.storage.steps import list_steps, step_path
+from asyncsave.storage.steps import list_steps, prune, step_path
 
 from . import counts
 from .crashfs import CrashFileSystem, Disk, Event, Keep, Log, Tree, fingerprint, write_image
@@ -67,7 +66,7 @@ MakeFileSystem = Callable[[Log], LocalFileSystem]
 
 def run(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -> None:
     """Save ``steps`` times in a run with retention; go on from what is there."""
-    patch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: make(log))
+    patch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: make(log))
     with Checkpointer(log.root / "runs" / "a", keep_last=KEEP, **SMALL) as ckpt:
         start = ckpt.load(keys="step")["step"] if ckpt.steps() else 0
         for step in range(start + 1, start + steps + 1):
@@ -77,7 +76,7 @@ def run(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -
 
 def overwrite(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -> None:
     """Save ``steps`` times to one path, each in place of what is there."""
-    patch.setattr("asyncsave.single.LocalFileSystem", lambda: make(log))
+    patch.setattr("asyncsave.saver.LocalFileSystem", lambda: make(log))
     path = log.root / "runs" / "a"
     start = asyncsave.load(path)["step"] if (path / CHECKPOINT_FILE).exists() else 0
     for step in range(start + 1, start + steps + 1):
@@ -380,7 +379,7 @@ def test_a_rename_before_the_manifests_is_noticed(
         if old is not None:
             filesystem.remove_tree(old)
 
-    monkeypatch.setattr("asyncsave.stages.commit", early)
+    monkeypatch.setattr("asyncsave.pipeline.stages.commit", early)
     assert notices(scenario, tmp_path)
 
 
@@ -392,7 +391,7 @@ def test_pruning_before_the_commit_is_noticed(
         prune(filesystem, draft.target.parent, steps[: -(KEEP - 1)])
         commits.commit(filesystem, draft, *arguments, **options)
 
-    monkeypatch.setattr("asyncsave.stages.commit", greedy)
+    monkeypatch.setattr("asyncsave.pipeline.stages.commit", greedy)
     assert notices(SCENARIOS["run"], tmp_path)
 
 
@@ -404,7 +403,7 @@ def test_pruning_without_a_sync_is_noticed(tmp_path: Path, monkeypatch: pytest.M
             filesystem.remove_tree(name)
         return steps
 
-    monkeypatch.setattr("asyncsave.storage.run.prune", hasty)
+    monkeypatch.setattr("asyncsave.run.directory.prune", hasty)
     assert notices(SCENARIOS["run"], tmp_path)
 
 

@@ -25,8 +25,8 @@ import pytest
 import torch
 
 import asyncsave
+from asyncsave.reading.checkpoint import Checkpoint
 from asyncsave.storage.filesystem import LocalFileSystem
-from asyncsave.storage.reader import Checkpoint
 
 from . import counts
 from .make_golden import CHECKPOINTS, GOLDEN
@@ -172,7 +172,7 @@ class Inline:
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncsave.storage.reader.ThreadPoolExecutor", Inline)
+    monkeypatch.setattr("asyncsave.reading.checkpoint.ThreadPoolExecutor", Inline)
 
 
 @pytest.mark.usefixtures("inline")
@@ -319,8 +319,8 @@ def test_long_chunks_are_read_by_fewer_threads(
         def __init__(self, count: int, **_: Any) -> None:
             asked.append(count)
 
-    monkeypatch.setattr("asyncsave.storage.reader.reader_threads", lambda: 8)
-    monkeypatch.setattr("asyncsave.storage.reader.ThreadPoolExecutor", Counting)
+    monkeypatch.setattr("asyncsave.reading.checkpoint.reader_threads", lambda: 8)
+    monkeypatch.setattr("asyncsave.reading.checkpoint.ThreadPoolExecutor", Counting)
     with Checkpoint.open(LocalFileSystem(), patient.path) as checkpoint:
         checkpoint._longest = chunk_bytes
         checkpoint._each(range(100), lambda *_: None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import asyncsave
-from asyncsave.snapshot.arena import pages
+from asyncsave.pages import pages
 from asyncsave.storage.direct import LocalReadable
 
 LENGTH = (9 << 20) + 1234
@@ -95,13 +95,15 @@ def test_restore_with_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, compression: Any
 ) -> None:
     """What cannot be held is read twice, and the promise is kept with any of it."""
-    from asyncsave.storage.reader import Checkpoint
+    from asyncsave.reading.checkpoint import Checkpoint
 
-    monkeypatch.setattr("asyncsave.memory.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 1 << 20)
     state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20)}
     asyncsave.save(state, tmp_path / "a", compression=compression).result()
     # asyncsave.restore, as an attribute, is the function
-    monkeypatch.setattr(sys.modules["asyncsave.apply"], "available_memory", lambda: available)
+    monkeypatch.setattr(
+        sys.modules["asyncsave.restoring.apply"], "available_memory", lambda: available
+    )
     monkeypatch.setattr(LocalReadable, "is_cached", lambda *_: False)
     reads, frame = 0, Checkpoint._frame
 
@@ -141,11 +143,11 @@ def test_memory_that_lacks_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("asyncsave.storage.direct.LocalReadable.read_into", refuse)
     monkeypatch.setattr(
-        "asyncsave.storage.reader._read_first",
+        "asyncsave.reading.checkpoint._read_first",
         lambda _, path: (path / "checkpoint.json").read_bytes(),
     )
     monkeypatch.setattr(
-        "asyncsave.storage.reader._read_all",
+        "asyncsave.reading.checkpoint._read_all",
         lambda _, path, *more, **options: path.read_bytes(),
     )
     with pytest.raises(asyncsave.LoadError, match="cannot be read now") as caught:

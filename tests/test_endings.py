@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import asyncsave
-import asyncsave.handle
+import asyncsave.pipeline.handle
 from asyncsave import Checkpointer, SaveHandle
-from asyncsave.background import Background
+from asyncsave.pipeline.background import Background
+from asyncsave.pipeline.save import Target
+from asyncsave.pipeline.stages import Stages
 from asyncsave.snapshot.fence import LateCopies
-from asyncsave.stages import Stages
-from asyncsave.task import Target
 
 from .fake_device import FakeDevice, make_pipeline
 from .support import assert_same, eventually
@@ -49,7 +49,7 @@ def test_nobody_needs_to_say_that_the_copying_is_over(
 ) -> None:
     """Who was interrupted may not come to it."""
     monkeypatch.setattr(Background, "wake", lambda *_: None)
-    monkeypatch.setattr("asyncsave.stages._LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("asyncsave.pipeline.stages._LOOK_SECONDS", 0.05)
     with make(tmp_path) as ckpt:
         for step in (1, 2):
             handle = ckpt.save(step, STATE)
@@ -105,7 +105,7 @@ def test_what_fails_after_the_commit_still_lets_the_older_ones_go(
     with make(tmp_path, keep_last=1) as ckpt:
         ckpt.save(1, STATE, block=True)
         with monkeypatch.context() as patch:
-            patch.setattr("asyncsave.task.SaveReport", lambda **_: 1 / 0)
+            patch.setattr("asyncsave.pipeline.save.SaveReport", lambda **_: 1 / 0)
             handle = ckpt.save(2, STATE)
             assert handle is not None
             assert isinstance(handle.exception(20), asyncsave.SaveError)
@@ -142,7 +142,7 @@ def test_threads_that_cannot_be_started(
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", starts)
             if n == 0:
-                patch.setattr("asyncsave.background._thread.start_new_thread", refuse)
+                patch.setattr("asyncsave.pipeline.background._thread.start_new_thread", refuse)
             try:
                 if what == "save":
                     asyncsave.save(STATE, tmp_path / "x").result(20)
@@ -315,5 +315,5 @@ def test_a_pipeline_that_is_dropped_ends(tmp_path: Path) -> None:
     gc.collect()
     handle.result(20)
     assert eventually(lambda: threads() == [])
-    assert not asyncsave.handle._open
+    assert not asyncsave.pipeline.handle._open
     assert os.listdir(tmp_path) == ["a"]

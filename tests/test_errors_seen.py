@@ -28,7 +28,9 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Faults:
     """Fails the next write once it is `on`."""
     failure = Faults(0, errno.ENOSPC)
     failure.on = False
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(failure))
+    monkeypatch.setattr(
+        "asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(failure)
+    )
     return failure
 
 
@@ -96,7 +98,7 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it(
 ) -> None:
     """The next save() raises the error instead of saving: and the one after that saves."""
     fail = Faults(0, errno.EIO)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
     fail.on = False
     with Checkpointer(tmp_path) as ckpt:
         fail.on = True
@@ -145,8 +147,8 @@ import os, sys, errno, threading, torch, asyncsave
 from tests.faultfs import Faults, FaultFileSystem
 fail = Faults(0, errno.ENOSPC)
 fail.on = False
-asyncsave.checkpointer.LocalFileSystem = lambda: FaultFileSystem(fail)
-asyncsave.single.LocalFileSystem = asyncsave.checkpointer.LocalFileSystem
+asyncsave.run.checkpointer.LocalFileSystem = lambda: FaultFileSystem(fail)
+asyncsave.saver.LocalFileSystem = asyncsave.run.checkpointer.LocalFileSystem
 directory = sys.argv[1]
 state = {"w": torch.ones(1000)}
 """

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 import asyncsave
-from asyncsave.dtypes import DTYPES
+from asyncsave.format.dtypes import DTYPES
+from asyncsave.state.values import TORCH_DTYPES
 
 from . import numpy_reader
 from .make_golden import (
     CHECKPOINTS,
     GOLDEN,
-    TORCH_DTYPES,
     Pair,
     Stateful,
     as_numpy,
@@ -139,8 +139,8 @@ def test_the_exponent_planes_in_the_document() -> None:
 
 
 def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
-    from asyncsave.codec.planes import CODINGS
-    from asyncsave.storage.manifest import RankRecord
+    from asyncsave.format.codings import CODINGS
+    from asyncsave.format.manifest import RankRecord
 
     text = FORMAT_MD.read_text()
     nodes = typing.get_args(typing.get_type_hints(RankRecord)["tree"])

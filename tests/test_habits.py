@@ -86,7 +86,7 @@ def test_the_home_directory_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5 gib", 3 << 29), ("90000000b", 90_000_000)],
 )
 def test_memory_limits_as_people_write_them(tmp_path: Path, given: str, nbytes: int) -> None:
-    from asyncsave.memory import parse_limit
+    from asyncsave.pipeline.budget import parse_limit
 
     assert parse_limit(given) == nbytes
     with make(tmp_path, memory_limit=given) as ckpt:
@@ -140,7 +140,7 @@ def test_metadata_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.Monkey
     from .support import GatedFileSystem
 
     gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: gated)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: gated)
     notes: dict[str, Any] = {"lr": 0.1, "tags": ["a"]}
     metrics = {"loss": 1.0}
     with make(tmp_path) as ckpt:
@@ -306,7 +306,7 @@ def test_a_failed_save_costs_no_other_one(
 ) -> None:
     fail = Faults(0, 28)
     fail.on = False
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
     with make(tmp_path, every_steps=10, on_error=on_error) as ckpt:
         fail.operations.clear()
         fail.on = True
@@ -340,7 +340,7 @@ def test_an_error_that_was_logged_keeps_no_checkpointer_alive(
 
     fail = Faults(0, 28)
     fail.on = False
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
     ckpts = [make(tmp_path, every_steps=10, on_error="warn", signals=())]
     fail.operations.clear()
     fail.on = True
@@ -510,7 +510,7 @@ READ: dict[str, Any] = {
     "load": lambda path: asyncsave.load(path)["w"][0].item(),
     "restore": lambda path: asyncsave.restore(path, {"w": torch.zeros(100_000)}),
     "tune": lambda path: (
-        asyncsave.sample.sample_of_checkpoint(  # type: ignore[attr-defined]
+        asyncsave.tuning.sample.sample_of_checkpoint(  # type: ignore[attr-defined]
             asyncsave.storage.filesystem.LocalFileSystem(),
             path,
             1 << 20,  # type: ignore[attr-defined]
@@ -540,7 +540,7 @@ def test_all_readers_pass_over_damage_by_one_rule(
 
 @pytest.mark.parametrize("read", READ)
 def test_no_reader_passes_over_a_newer_format(tmp_path: Path, read: str) -> None:
-    from asyncsave.storage.manifest import _PREFIX, digest
+    from asyncsave.format.manifest import _PREFIX, digest
 
     three(tmp_path)
     file = tmp_path / "step-000000003" / "checkpoint.json"

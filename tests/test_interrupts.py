@@ -25,11 +25,11 @@ import pytest
 import torch
 
 import asyncsave
-import asyncsave.handle
+import asyncsave.pipeline.handle
 from asyncsave import Checkpointer
+from asyncsave.pipeline.save import Target
 from asyncsave.storage.filesystem import LocalFileSystem
 from asyncsave.storage.steps import list_steps
-from asyncsave.task import Target
 
 from . import counts
 from .fake_device import FakeDevice, make_pipeline
@@ -114,8 +114,8 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("asyncsave.memory.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", Failing)
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", Failing)
     before = signal.signal(signal.SIGUSR1, leave)
     yield
     signal.signal(signal.SIGUSR1, before)
@@ -180,7 +180,7 @@ FAST = {name: 23 if "after a" not in name else 11 for name in CALLS}
 
 def nothing_left(directory: Path) -> None:
     """Assert that nobody holds the directory, and that nothing half-written is in it."""
-    assert not asyncsave.handle._unseen, "an error that will be told at exit"
+    assert not asyncsave.pipeline.handle._unseen, "an error that will be told at exit"
     grad = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert grad
@@ -300,7 +300,7 @@ def stages_late(directory: Path, point: Point) -> bool:
     optimizer.step()
     pipeline.close()
     assert torch.equal(asyncsave.load(directory / "b")["model"]["weight"], before)
-    assert not asyncsave.handle._unseen
+    assert not asyncsave.pipeline.handle._unseen
     return point.where != ""
 
 

@@ -206,7 +206,7 @@ HELD = """
 import os, signal, sys, threading, torch, asyncsave
 from tests.support import GatedFileSystem
 filesystem = GatedFileSystem()
-asyncsave.checkpointer.LocalFileSystem = lambda: filesystem
+asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem
 seen = []
 signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
 with asyncsave.Checkpointer(sys.argv[1], every_steps=1, on_busy=sys.argv[2]) as ckpt:

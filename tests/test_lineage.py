@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import asyncsave
 from asyncsave import Checkpointer
-from asyncsave.storage.lineage import Lineage
-from asyncsave.storage.newest import _loaded, forget_loaded, loaded
+from asyncsave.format.lineage import Lineage
+from asyncsave.reading.newest import _loaded, forget_loaded, loaded
 
 from .test_restore import damage
 
@@ -183,7 +183,7 @@ def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from asyncsave.errors import LoadError
-    from asyncsave.storage import history
+    from asyncsave.reading import history
 
     save(tmp_path, 10, 20)
     read = history.read_record

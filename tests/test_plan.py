@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import asyncsave
+from asyncsave.state.flatten import flatten
 from asyncsave.state.plan import Planner
-from asyncsave.state.tree import flatten
 
 
 def adam(count: int, scale: float = 1e-3) -> dict[str, dict[str, torch.Tensor]]:

@@ -414,7 +414,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
-    from asyncsave.storage.manifest import _PREFIX, digest
+    from asyncsave.format.manifest import _PREFIX, digest
 
     with asyncsave.Checkpointer(tmp_path, durable=False) as ckpt:
         ckpt.save(1, {"x": 1})
@@ -432,7 +432,7 @@ def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
 def test_keys_select_and_read_only_what_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncsave.storage.reader import Checkpoint
+    from asyncsave.reading.checkpoint import Checkpoint
 
     state = {
         "model": torch.nn.Linear(3, 3),

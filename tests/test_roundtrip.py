@@ -13,9 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import asyncsave
-from asyncsave.dtypes import DTYPES as DTYPES_KNOWN
-from asyncsave.state import nodes, tree
-from asyncsave.state.tree import flatten
+from asyncsave.format.dtypes import DTYPES as DTYPES_KNOWN
+from asyncsave.state import flatten as tree
+from asyncsave.state import values
+from asyncsave.state.flatten import flatten
 
 from .strategies import DTYPES, from_bits, states
 from .support import assert_same
@@ -78,9 +79,9 @@ def test_every_dtype_with_every_bit_pattern(saver: Any, dtype: torch.dtype) -> N
 @pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 @pytest.mark.parametrize("name", ["complex32", "bcomplex32"])
 def test_complex_numbers_of_two_halves(saver: Any, name: str) -> None:
-    if name not in nodes.TORCH_DTYPES:
+    if name not in values.TORCH_DTYPES:
         pytest.skip(f"this torch has no {name}")
-    dtype = nodes.TORCH_DTYPES[name]
+    dtype = values.TORCH_DTYPES[name]
     tensor = from_bits(bytes(range(64)), dtype, (4, 4))
     assert_same({"x": tensor}, saver({"x": tensor}))
     state = {"t": tensor.t(), "column": tensor[:, 1], "z": tensor}
@@ -204,7 +205,7 @@ def test_a_dtype_that_the_table_lacks_is_refused_by_name(
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_dtype_of_this_torch_is_saved_or_refused_by_name(tmp_path: Path) -> None:
-    for name, dtype in nodes.TORCH_DTYPES.items():
+    for name, dtype in values.TORCH_DTYPES.items():
         if name.startswith("q"):
             continue  # quantized: see below
         state = {"x": from_bits(bytes(range(16)), dtype, (1,))}

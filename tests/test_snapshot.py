@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import asyncsave
+from asyncsave.pipeline.save import Target
 from asyncsave.snapshot.arena import Arena
 from asyncsave.snapshot.snapshotter import Snapshotter
+from asyncsave.state.flatten import flatten
 from asyncsave.state.plan import Planner
-from asyncsave.state.tree import flatten
-from asyncsave.task import Target
 
 from .fake_device import FakeDevice, make_pipeline, tensors_of
 from .support import GatedFileSystem, assert_same
@@ -39,7 +39,7 @@ def test_mutating_everything_right_after_save_never_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any
 ) -> None:
     gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: gated)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: gated)
     state = training_state()
     copies = [tensor.clone() for tensor in tensors_of(state)]
     with asyncsave.Checkpointer(tmp_path, compression=compression) as ckpt:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import asyncsave
+from asyncsave.state.flatten import flatten
 from asyncsave.state.plan import Planner
-from asyncsave.state.tree import flatten
 
 from .strategies import DTYPES, NUMPY_DTYPES
 from .support import assert_same

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import asyncsave
+from asyncsave.pipeline.save import Target
 from asyncsave.snapshot.fence import FENCE
-from asyncsave.task import Target
 
 from .fake_device import FakeDevice, make_pipeline, tensors_of
 from .support import assert_same
@@ -39,8 +39,8 @@ WIDTH = 96
 def small_chunks() -> Iterator[None]:
     """Chunks of 16 KiB, so that a small state has many late copies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asyncsave.memory.CHUNK_BYTES", 16 << 10)
-        patch.setattr("asyncsave.memory.MIN_CHUNK_BYTES", 16 << 10)
+        patch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 16 << 10)
+        patch.setattr("asyncsave.pipeline.budget.MIN_CHUNK_BYTES", 16 << 10)
         yield
 
 

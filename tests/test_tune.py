@@ -15,14 +15,14 @@ import torch
 
 import asyncsave
 from asyncsave import TuneReport, TuneRow
-from asyncsave.memory import CHUNK_BYTES
-from asyncsave.sample import Sample, sample_of_checkpoint, sample_of_state
+from asyncsave.pipeline.budget import CHUNK_BYTES
 from asyncsave.storage.commit import Draft, begin
 from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.tuning.sample import Sample, sample_of_checkpoint, sample_of_state
 
 from .faultfs import FaultFileSystem, Faults
 
-TUNE = sys.modules["asyncsave.tune"]  # asyncsave.tune is the function
+TUNE = sys.modules["asyncsave.tuning.measure"]  # asyncsave.tuning.measure is the function
 
 
 def state(mib: int = 4) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
+from asyncsave.pipeline.save import Target
 from asyncsave.storage.filesystem import LocalFileSystem, WritableFile
-from asyncsave.task import Target
 
 from .fake_device import FakeDevice, make_pipeline
 from .support import eventually
@@ -86,9 +86,9 @@ def test_a_stall_is_reported_with_where_and_since_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     filesystem = HangingFileSystem("")
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
     # small chunks: four are written, in one go, before those that hang
-    monkeypatch.setattr("asyncsave.memory.CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 64 << 10)
     options: dict[str, Any] = {"compression": "off", "keep_last": 1}
     with Checkpointer(tmp_path, stall_warning_seconds=0.2, **options) as ckpt:
         ckpt.save(1, STATE, block=True)
@@ -123,7 +123,7 @@ def test_each_stall_is_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     filesystem = HangingFileSystem("write")
-    monkeypatch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
     with Checkpointer(tmp_path, stall_warning_seconds=0.1, compression="off") as ckpt:
         ckpt.save(1, STATE)
         assert eventually(lambda: len(warnings_of(caplog, "writing at offset 0")) >= 2)
@@ -155,8 +155,10 @@ def test_none_turns_it_off_and_impossible_times_are_refused(
 ) -> None:
     filesystem = HangingFileSystem("write")
     with monkeypatch.context() as patch:
-        patch.setattr("asyncsave.checkpointer.LocalFileSystem", lambda: filesystem)
-        patch.setattr("asyncsave.watchdog.Watchdog._look", lambda _: pytest.fail("it looks"))
+        patch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
+        patch.setattr(
+            "asyncsave.pipeline.watchdog.Watchdog._look", lambda _: pytest.fail("it looks")
+        )
         with Checkpointer(tmp_path, stall_warning_seconds=None) as ckpt:
             ckpt.save(1, STATE)
             assert filesystem.hanging.wait(20)

@@ -11,18 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from asyncsave.codec.planes import (
-    JOIN_SCRATCH_BYTES,
-    SPLIT_TRANSIENT_BYTES,
-    ByteArray,
-    join,
-    plane_lengths,
-    split,
-    spread,
-    views,
-)
-from asyncsave.codec.zstd import Compressor, Decompressor
-from asyncsave.dtypes import DTYPES
+from ..format.codings import plane_lengths
+from ..format.dtypes import DTYPES
+from .planes import JOIN_SCRATCH_BYTES, SPLIT_TRANSIENT_BYTES, ByteArray, join, split, spread, views
+from .zstd import Compressor, Decompressor
 
 # Many short pieces, since what compresses (rows never trained, padding) comes in long stretches.
 _SAMPLE_PIECES: Final = 16

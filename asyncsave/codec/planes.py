@@ -36,45 +36,16 @@ take twelve times as long, of 2-byte elements twice.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..format.codings import LAYOUTS, plane_lengths
+
 ByteArray: TypeAlias = NDArray[np.uint8]
 HalfArray: TypeAlias = NDArray[np.uint16]
 
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What one coding id means for lengths.
-
-    Attributes:
-        element_bytes: width of one element.
-        plane_bytes: what one element gives to each plane, in bytes, without its exponent.
-        base: what is added to exponents; None for codings that have none.
-    """
-
-    element_bytes: int
-    plane_bytes: tuple[int, ...]
-    base: int | None = None
-
-
-_BASES: Final = range(16)
-
-_LAYOUTS: Final = {
-    "raw": _Layout(1, (1,)),
-    "zstd": _Layout(1, (1,)),
-    "bytes2": _Layout(2, (1,) * 2),
-    "bytes4": _Layout(4, (1,) * 4),
-    "bytes8": _Layout(8, (1,) * 8),
-    **{f"exp16.{base}": _Layout(2, (1,), base) for base in _BASES},
-    **{f"exp32.{base}": _Layout(4, (2, 1), base) for base in _BASES},
-}
-
-CODINGS: Final = frozenset(_LAYOUTS)
-"""Every coding id of format 1."""
 
 # Row b: the exponents e, ordered by (e + b) mod 256.
 _ROTATIONS: Final = (np.arange(256) - np.arange(16)[:, None]) % 256
@@ -88,28 +59,6 @@ _JOIN_ELEMENTS: Final = 1 << 20
 
 JOIN_SCRATCH_BYTES: Final = 6 * _JOIN_ELEMENTS
 """Scratch that `join` needs, in bytes, for chunks of any length."""
-
-
-def plane_lengths(coding: str, raw_length: int) -> tuple[int, ...]:
-    """Returns the length of each plane of a chunk, in bytes, in stored order.
-
-    Args:
-        coding: a coding id.
-        raw_length: length of the chunk in bytes.
-
-    Raises:
-        ValueError: unknown coding, or `raw_length` is not a whole number of its elements.
-    """
-    layout = _LAYOUTS.get(coding)
-    if layout is None:
-        raise ValueError(f"unknown coding {coding!r:.40}")
-    count, rest = divmod(raw_length, layout.element_bytes)
-    if rest or count < 0:
-        raise ValueError(
-            f"{raw_length} bytes are not a whole number of {layout.element_bytes}-byte elements"
-        )
-    lengths = tuple(count * width for width in layout.plane_bytes)
-    return lengths if layout.base is None else (*lengths, count - count // 2, count // 2)
 
 
 def split(coding: str, raw: ByteArray, out: ByteArray, scratch: ByteArray) -> str:
@@ -163,7 +112,7 @@ def join(coding: str, planes: Sequence[ByteArray], out: ByteArray, scratch: Byte
         out: as long as the chunk; any alignment (an odd address halves the speed).
         scratch: `JOIN_SCRATCH_BYTES`, aligned to 2 bytes.
     """
-    base = _LAYOUTS[coding].base
+    base = LAYOUTS[coding].base
     if base is not None:
         _join_floats(planes, base, out.view("<u2"), scratch)
     elif coding == "bytes2":

@@ -8,7 +8,7 @@ from typing import Final
 
 import zstandard
 
-from asyncsave.codec.planes import ByteArray
+from .planes import ByteArray
 
 ENTROPY_ONLY: Final = 1
 """The level that skips match finding, and leaves only Huffman coding."""

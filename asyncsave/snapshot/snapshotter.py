@@ -16,21 +16,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ..dtypes import DTYPES
 from ..errors import StagingError
-from ..state.nodes import TORCH_DTYPES
+from ..format.dtypes import DTYPES
+from ..state.flatten import Bulk, Flat
 from ..state.plan import Chunk, Piece, Plan
 from ..state.sources import Copy, Source, address
-from ..state.tree import Bulk, Flat
+from ..state.tensors import INTEGERS, byte_alias
+from ..state.values import TORCH_DTYPES
 from .arena import Slot
 from .fence import Event, LateCopies, Transport
 
 _COPIED_AS_THEY_ARE = frozenset(
     dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES and DTYPES[name].exact
 )
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The dtype of the same width, in bytes, whose copies are plain moves."""
 
 
 @dataclass(slots=True)
@@ -222,12 +220,6 @@ def _memory(value: Bulk, offset: int, nbytes: int) -> torch.Tensor:
     data = (address(value) + offset, False)
     raw = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": data}
     return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=raw)))
-
-
-def byte_alias(tensor: torch.Tensor, offset: int, nbytes: int) -> torch.Tensor:
-    """Return ``nbytes`` of a tensor's storage from byte ``offset``, as uint8, sharing memory."""
-    alias = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), offset, (nbytes,), (1,))
 
 
 def _copy_bytes(

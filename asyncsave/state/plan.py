@@ -32,11 +32,12 @@ import msgspec
 import numpy as np
 import torch
 
-from ..dtypes import DTYPES
 from ..errors import StateError
-from .nodes import TORCH_DTYPES
+from ..format.dtypes import DTYPES
+from ..format.manifest import ShardRecord, TensorRecord
+from .flatten import Bulk, Flat
 from .sources import Key, Source, View, find_sources, place
-from .tree import Bulk, Flat
+from .values import TORCH_DTYPES
 
 ALIGNMENT = 16
 """Every chunk length is cut at a multiple of this, the largest element size of torch, in bytes."""
@@ -311,3 +312,25 @@ def _placement(value: Bulk, start: int, view: View) -> Placement:
     if isinstance(value, np.ndarray):
         return Placement("numpy", value.dtype.str, value.shape, start, None, False, False)
     return Placement("bytes", "uint8", (len(value),), start, None, False, False)
+
+
+def tensor_records(names: Sequence[str], plan: Plan) -> list[TensorRecord]:
+    """Return the records of a plan's leaves, each whole and in one shard."""
+    return [
+        TensorRecord(
+            # a name is for people: what UTF-8 cannot say is escaped
+            name=name.encode("utf-8", "backslashreplace").decode(),
+            dtype=place.dtype,
+            shape=list(place.shape),
+            shards=[
+                ShardRecord(
+                    start=place.start,
+                    strides=None if place.strides is None else list(place.strides),
+                )
+            ],
+            kind=place.kind,
+            requires_grad=place.requires_grad,
+            parameter=place.parameter,
+        )
+        for name, place in zip(names, plan.placements, strict=True)
+    ]

@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 import torch
 
-from ..dtypes import BY_NUMPY_NAME
-from .tree import Bulk
+from ..format.dtypes import BY_NUMPY_NAME
+from .flatten import Bulk
 
 Key = tuple[str, str, bool]
 """Sources can be in one chunk if they have the same: device, dtype that is coded for, late."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointExistsError, CommitError, write_error
+from ..format.manifest import CHECKPOINT_FILE, data_file, rank_file
 from .filesystem import FileSystem, Lock
-from .manifest import CHECKPOINT_FILE, data_file, rank_file
 
 _log = logging.getLogger("asyncsave")
 

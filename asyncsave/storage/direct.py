@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..snapshot.arena import PAGE_BYTES, Bytes, pages
+from ..pages import PAGE_BYTES, Bytes, pages
 
 # Opening a pipe must not wait for its writer.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

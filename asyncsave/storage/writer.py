@@ -7,8 +7,8 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from ..errors import write_error
+from ..format.manifest import FRAME_ALIGNMENT
 from .filesystem import FileSystem, WritableFile
-from .manifest import FRAME_ALIGNMENT
 
 
 def padded(length: int) -> int:

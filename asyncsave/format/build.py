@@ -1,0 +1,90 @@
+"""Build: values made anew from a tree's records. Pure: no threads, no files, no clock."""
+
+from __future__ import annotations
+
+import collections
+import struct
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import FormatError
+from .tree import (
+    DictNode,
+    ListNode,
+    NamedTupleNode,
+    Node,
+    ObjectNode,
+    OrderedDictNode,
+    TensorNode,
+    TupleNode,
+    Values,
+    plain,
+)
+
+IMPOSSIBLE = (ValueError, TypeError, RuntimeError, OverflowError, struct.error)
+"""What Python, NumPy and torch raise when a record asks for a value that cannot be."""
+
+
+def unflatten(tree: Node, bulk: Callable[[int], Any], values: Values) -> Any:
+    """Build a new state from node records.
+
+    Args:
+        tree: records that `validate` accepted.
+        bulk: gives the value of the i-th leaf with bulk.
+        values: makes sizes, dtypes and devices.
+
+    Raises:
+        FormatError: a record says something that cannot be, such as a device with no such name.
+    """
+    try:
+        return _build(tree, bulk, values)
+    except FormatError:
+        raise
+    except IMPOSSIBLE as cause:
+        raise FormatError(f"the checkpoint's tree has an impossible value: {cause}") from cause
+
+
+def _build(node: Node, bulk: Callable[[int], Any], values: Values) -> Any:
+    if isinstance(node, TensorNode):
+        return bulk(node.i)
+    if isinstance(node, (DictNode, OrderedDictNode)):
+        pairs = [
+            (_build(key, bulk, values), _build(value, bulk, values))
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+        if isinstance(node, DictNode):
+            return dict(pairs)
+        ordered: Any = collections.OrderedDict(pairs)
+        if node.metadata is not None:
+            ordered._metadata = _build(node.metadata, bulk, values)
+        return ordered
+    if isinstance(node, ListNode):
+        return [_build(item, bulk, values) for item in node.items]
+    if isinstance(node, TupleNode):
+        return tuple(_build(item, bulk, values) for item in node.items)
+    if isinstance(node, NamedTupleNode):
+        made = named_tuple(node.name, tuple(node.fields))
+        return made(*(_build(item, bulk, values) for item in node.items))
+    if isinstance(node, ObjectNode):
+        return _build(node.state, bulk, values)
+    return plain(node, values)
+
+
+_made: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+
+def named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    """Return a NamedTuple type with these names, the same one each time."""
+    # namedtuple() refuses whatever is not an identifier, so no record can smuggle in code
+    if len(fields) > 256 or len(name) > 256 or any(len(part) > 256 for part in fields):
+        raise FormatError("the checkpoint has a NamedTuple with too many or too long names")
+    # Python reads identifiers in their normal form, so that two different ones may be the same
+    if any(unicodedata.normalize("NFKC", part) != part for part in (name, *fields)):
+        raise FormatError(f"the checkpoint has a NamedTuple {name!r} with names not in normal form")
+    key = (name, fields)
+    if key not in _made:
+        if len(_made) >= 1024:
+            _made.clear()
+        _made[key] = collections.namedtuple(name, fields)
+    return _made[key]

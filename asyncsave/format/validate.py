@@ -1,0 +1,88 @@
+"""Validate: a tree of records from a file, before anything is built of it.
+
+Says of the tree what manifest.py says of the other records: what is not refused here can be built,
+in time and memory that are proportional to its records. Pure: no threads, no files, no clock.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import FormatError
+from .build import IMPOSSIBLE, named_tuple, unflatten
+from .tree import (
+    CONTAINERS,
+    MAX_DEPTH,
+    MAX_ONE_HASH,
+    NAMES,
+    DictNode,
+    NamedTupleNode,
+    Node,
+    OrderedDictNode,
+    TensorNode,
+    TupleNode,
+    is_key,
+    key_name,
+    parts,
+    plain,
+)
+
+_THEMSELVES = {bool, int, float, str}
+
+
+def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> None:
+    """Check a tree; FormatError says what is wrong with it.
+
+    Args:
+        tensors: how many leaves with bulk there are.
+        path: the file it is from.
+        depth: how far the node is from the root.
+    """
+    if depth > 2 * MAX_DEPTH:
+        raise FormatError(f"{path} has a tree of more than {2 * MAX_DEPTH} levels")
+    if node is None or type(node) in _THEMSELVES:  # most nodes of a large tree
+        return
+    if isinstance(node, TensorNode):
+        if not 0 <= node.i < tensors:
+            raise FormatError(f"{path} has a tree with tensor {node.i}, and {tensors} tensors")
+        return
+    try:
+        if isinstance(node, NamedTupleNode):
+            if len(node.fields) != len(node.items):
+                raise FormatError(f"{path} has a NamedTuple that is not as long as its names")
+            named_tuple(node.name, tuple(node.fields))
+        elif not isinstance(node, CONTAINERS):
+            plain(node)
+    except FormatError:
+        raise
+    except IMPOSSIBLE as cause:
+        raise FormatError(f"{path} has an impossible value in its tree: {cause!s:.200}") from cause
+    for part in parts(node):
+        validate_tree(part, tensors, path, depth + 1)
+    if isinstance(node, (DictNode, OrderedDictNode)):  # after its parts: keys are not too deep now
+        _validate_dict(node, path)
+
+
+def _validate_dict(node: DictNode | OrderedDictNode, path: object) -> None:
+    if len(node.keys) != len(node.values) or not all(is_key(key) for key in node.keys):
+        raise FormatError(f"{path} has a dict whose keys cannot be the keys of its values")
+    texts = all(type(key) is str for key in node.keys)  # as in nearly all dicts, and quickly done
+    keys = node.keys if texts else _built_keys(node.keys, path)
+    if len(set(keys)) < len(keys):
+        raise FormatError(f"{path} has a dict in which one key is there twice")
+
+
+def _built_keys(nodes: list[Node], path: object) -> Sequence[Any]:
+    try:
+        keys: tuple[Any, ...] = unflatten(TupleNode(nodes), dict[int, Any]().__getitem__, NAMES)
+        hashes = collections.Counter(map(hash, keys))
+        for node in nodes:
+            key_name(node)
+    except IMPOSSIBLE as cause:
+        raise FormatError(f"{path} has a dict with an impossible key: {cause!s:.200}") from cause
+    # numbers can be chosen such that all have one hash, and looking them up takes quadratic time
+    if max(hashes.values()) > MAX_ONE_HASH:
+        raise FormatError(f"{path} has a dict in which too many keys have the same hash")
+    return keys

@@ -1,0 +1,144 @@
+"""Arrays: a checkpoint's values without torch: tensors as NumPy arrays.
+
+Leaves whose addresses overlap become views of one new memory, so what was tied is tied again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, LoadError
+from ..format.build import unflatten
+from ..format.dtypes import DTYPES
+from ..format.manifest import TensorRecord, extent_bytes
+from ..format.select import select
+from ..format.tree import Node, bulk_indices, numpy_dtype
+from ..pages import Bytes
+from ..storage.filesystem import FileSystem
+from .checkpoint import Checkpoint, Run
+from .newest import first_sound
+
+_ALIGNMENT = 16  # of a tensor's memory in the address space, see FORMAT.md
+
+
+class NumpyValues:
+    """Makes the plain values that are torch's own without it: tuples, and names as torch's."""
+
+    def size(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Return a tuple."""
+        return tuple(dims)
+
+    def dtype(self, name: str) -> str:
+        """Return the name as in ``torch.float32``."""
+        return f"torch.{name}"
+
+    def device(self, name: str) -> str:
+        """Return the name as in ``cuda:0``."""
+        return name
+
+
+_VALUES = NumpyValues()
+
+
+def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | None) -> Any:
+    """Return the state of the newest sound checkpoint at ``path``, with arrays for tensors.
+
+    Args:
+        keys: globs of fqns; None for all.
+
+    Raises:
+        ConfigError: a key names nothing; or a dtype needs ml_dtypes, which is not there.
+        LoadError: see `first_sound`.
+    """
+
+    def use(checkpoint: Checkpoint) -> Any:
+        tree: Node = checkpoint.rank.tree
+        if keys is not None:
+            tree, unused = select(tree, keys)
+            if unused:
+                raise ConfigError(f"{checkpoint.path} has nothing that keys={unused} names")
+        bulk = _read(checkpoint, sorted(set(bulk_indices(tree))))
+        return unflatten(tree, bulk.__getitem__, _VALUES)
+
+    return first_sound(filesystem, path, use)
+
+
+def _read(checkpoint: Checkpoint, indices: Sequence[int]) -> dict[int, Any]:
+    """Return leaves, by index."""
+    tensors = checkpoint.rank.tensors
+    dtypes = {i: _dtype(tensors[i]) for i in indices}  # refused before a byte is read
+    spans = [(tensors[i].shards[0].start, extent_bytes(tensors[i]), i) for i in indices]
+    runs: list[Run] = []
+    memories: list[tuple[int, Bytes, list[int]]] = []
+    start = stop = 0
+    members: list[int] = []
+
+    def finish() -> None:
+        if members:
+            pad = start % _ALIGNMENT
+            memory = _memory(pad + stop - start)
+            memories.append((start - pad, memory, members))
+            runs.append(Run(start, stop - start, memory[pad:]))
+
+    for first, nbytes, i in sorted(span for span in spans if span[1]):
+        if first >= stop:
+            finish()
+            start, stop, members = first, first, []
+        stop = max(stop, first + nbytes)
+        members.append(i)
+    finish()
+    checkpoint.read(runs)
+    bulk = {i: _value(_memory(0), 0, tensors[i], dtypes[i]) for _, nbytes, i in spans if not nbytes}
+    for base, memory, indices_there in memories:
+        for i in indices_there:
+            bulk[i] = _value(memory, tensors[i].shards[0].start - base, tensors[i], dtypes[i])
+    return bulk
+
+
+def _memory(nbytes: int) -> Bytes:
+    try:
+        return np.empty(nbytes, np.uint8)
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for an array of {nbytes} bytes: {cause}") from cause
+
+
+def _value(memory: Bytes, offset: int, record: TensorRecord, dtype: np.dtype[Any]) -> Any:
+    raw = memory[offset : offset + extent_bytes(record)]
+    if record.kind == "bytes":
+        return raw.tobytes()
+    if raw.size == 0:
+        return np.empty(record.shape, dtype)
+    strides = record.shards[0].strides
+    if strides is None:
+        return raw.view(dtype).reshape(record.shape)
+    steps = tuple(step * dtype.itemsize for step in strides)
+    return np.lib.stride_tricks.as_strided(raw.view(dtype), record.shape, steps)
+
+
+def _dtype(record: TensorRecord) -> np.dtype[Any]:
+    """Return NumPy's dtype of a leaf's elements; unsigned integers for what NumPy has none for.
+
+    Raises:
+        ConfigError: ml_dtypes has it, and is not there.
+    """
+    if record.kind == "numpy":
+        return numpy_dtype(record.dtype)
+    known = DTYPES[record.dtype]
+    if known.numpy:
+        return np.dtype("<" + known.numpy)
+    if known.ml_dtypes:
+        try:
+            module = importlib.import_module("ml_dtypes")
+            dtype: np.dtype[Any] = np.dtype(getattr(module, known.ml_dtypes))
+        except (ImportError, AttributeError) as cause:
+            raise ConfigError(
+                f"{record.name!r:.80} has dtype {record.dtype}, which NumPy knows through the "
+                "package ml_dtypes alone: pip install ml_dtypes"
+            ) from cause
+        return dtype
+    return np.dtype(f"<u{known.nbytes}")

@@ -1,0 +1,152 @@
+"""Newest: the one rule by which a checkpoint is chosen, for whoever reads a run.
+
+A path is a checkpoint, or a run's directory: then its line is tried from the newest checkpoint on
+(lineage.py), and damage is passed over, with a warning. What is no damage is raised: a newer
+format, a permission that lacks, too little memory. To go on from an older checkpoint would lose
+work then. What a rollback left is never tried.
+
+Also here: which checkpoints this process has loaded, so that a run knows what it goes on from,
+though it was read by `load` and put into place by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import (
+    CheckpointNotFoundError,
+    FormatError,
+    IntegrityError,
+    LoadError,
+    UnsupportedVersionError,
+)
+from ..format.lineage import Lineage
+from ..format.manifest import CHECKPOINT_FILE, CheckpointRecord
+from ..storage.filesystem import FileSystem
+from ..storage.steps import STEP
+from .checkpoint import Checkpoint
+from .history import Entry, History, read_history
+
+_log = logging.getLogger("asyncsave")
+_T = TypeVar("_T")
+
+PassedOver = Callable[[Path, str], None]
+
+
+def find(filesystem: FileSystem, path: Path) -> History:
+    """Return the checkpoint at ``path`` as a history of one; or that of the run there.
+
+    Raises:
+        CheckpointNotFoundError: it is neither.
+        LoadError: the directory cannot be read.
+    """
+    if filesystem.exists(path / CHECKPOINT_FILE):
+        return History((Entry(0, path),), (), 0)
+    history = read_history(filesystem, path)
+    if not history.line:
+        why = (
+            "there is nothing there"
+            if not filesystem.exists(path)
+            else f"it has no {CHECKPOINT_FILE} and no step-… directories"
+        )
+        raise CheckpointNotFoundError(f"there is no checkpoint at {path}: {why}")
+    return history
+
+
+def first_sound(
+    filesystem: FileSystem,
+    path: Path,
+    use: Callable[[Checkpoint], _T],
+    passed_over: PassedOver | None = None,
+) -> _T:
+    """Use the newest checkpoint that is not damaged.
+
+    Args:
+        passed_over: told which checkpoints could not be used, and why.
+
+    Raises:
+        LoadError: all are damaged, and this is the newest one's; or it is no damage.
+    """
+    history = find(filesystem, path)
+    errors: list[LoadError] = []
+    for each in history.line:
+        try:
+            with Checkpoint.open(filesystem, each.path) as checkpoint:
+                result = use(checkpoint)
+                record = checkpoint.record
+        except UnsupportedVersionError:
+            raise  # it is sound: going on from an older one would lose work without a word
+        except (IntegrityError, FormatError, CheckpointNotFoundError) as error:
+            errors.append(error)
+            if each.path != path:
+                _log.warning("passed over %s: %s", each.path, error)
+                if passed_over is not None:
+                    passed_over(each.path, str(error))
+            continue
+        if errors:
+            _log.warning("used %s instead", each.path)
+            if sound := [entry.path.name for entry in history.left if entry.record is not None]:
+                _log.warning("not tried, as a rollback had left them, or may have: %s", sound)
+        _warn_of_unreadable(history, each)
+        _note_loaded(each.path, record)
+        return result
+    for older in errors[1:]:
+        errors[0].add_note(f"and the one before: {older}")
+    if history.left:
+        steps = ", ".join(str(each.step) for each in reversed(history.left))
+        errors[0].add_note(
+            f"not tried, since a rollback had left them: step {steps}; to take one, give its path"
+        )
+    raise errors[0]
+
+
+def _warn_of_unreadable(history: History, used: Entry) -> None:
+    older = [*history.line[history.line.index(used) + 1 :], *history.left]
+    for each in older:
+        if each.error is not None:
+            _log.warning(
+                "%s was taken for an older one; it cannot be read: %s", each.path, each.error
+            )
+
+
+# -- what was loaded --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A checkpoint that a run goes on from."""
+
+    step: int
+    lineage: Lineage
+
+    @classmethod
+    def of(cls, path: Path, record: CheckpointRecord) -> Position | None:
+        """Return that of a checkpoint; None if its name is not that of a run's checkpoint."""
+        name = STEP.fullmatch(path.name)
+        return None if name is None else cls(int(name[1]), record.lineage)
+
+
+_loaded: dict[str, list[Position]] = {}
+
+
+def _note_loaded(path: Path, record: CheckpointRecord) -> None:
+    position = Position.of(path, record)
+    if position is not None:
+        positions = _loaded.setdefault(os.path.realpath(path.parent), [])
+        if position not in positions:
+            positions.append(position)
+
+
+def loaded(directory: Path) -> list[Position]:
+    """Return what this process has loaded from the run in ``directory``."""
+    return list(_loaded.get(os.path.realpath(directory), ()))
+
+
+def forget_loaded(directory: Path) -> None:
+    """Forget it: a run has gone on from there."""
+    _loaded.pop(os.path.realpath(directory), None)

@@ -1,0 +1,135 @@
+"""Modules: a live module beside the records of its state dict.
+
+Whether they are of the same module, though only one is wrapped; and whether filling what
+``state_dict`` returns is all that loading would do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..format.build import unflatten
+from ..format.tree import DictNode, ListNode, Node, OrderedDictNode
+from ..state.values import TORCH
+
+_DICTS = (DictNode, OrderedDictNode)
+_PREFIXES = ("_orig_mod.", "module.")
+
+
+def unwrapped(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield ``module``, and what it is a wrapper of: torch.compile's, (D)DP's."""
+    yield module
+    # not imported: that takes a second, and where it was not, there is no such module
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    compiled = getattr(dynamo, "OptimizedModule", ())
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while isinstance(module, (compiled, *parallel)):
+        inner = module._orig_mod if isinstance(module, compiled) else module.module
+        assert isinstance(inner, torch.nn.Module)
+        module = inner
+        yield module
+
+
+def common_prefix(names: list[str]) -> str | None:
+    """Return the prefix of a wrapper that all ``names`` have, if there is one."""
+    if names:
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in names):
+                return prefix
+    return None
+
+
+def fills_in_place(module: torch.nn.Module, state: dict[str, Any]) -> bool:
+    """Whether filling what ``state_dict`` returned is all that ``load_state_dict`` would do.
+
+    Args:
+        module: the module.
+        state: its ``state_dict()``.
+    """
+    own = type(module).load_state_dict
+    if own is not torch.nn.Module.load_state_dict or "load_state_dict" in vars(module):
+        return False
+    return all(map(_loads_plainly, module.modules())) and _is_memory_of(module, state)
+
+
+def _loads_plainly(each: torch.nn.Module) -> bool:
+    own = type(each)._load_from_state_dict
+    if own is not torch.nn.Module._load_from_state_dict and not own.__module__.startswith(
+        "torch.nn."
+    ):
+        return False
+    if type(each).set_extra_state is not torch.nn.Module.set_extra_state:
+        return False
+    if type(each).state_dict is not torch.nn.Module.state_dict:
+        return False
+    if "_load_from_state_dict" in vars(each):
+        return False
+    hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks")
+    return not any(getattr(each, name, None) for name in hooks)
+
+
+def _is_memory_of(module: torch.nn.Module, state: dict[str, Any]) -> bool:
+    """Whether every tensor of ``state`` is the memory of a parameter or buffer, not a copy."""
+    own = set()
+    for each in module.modules():
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None:
+                own.add(_place(tensor))
+    return all(isinstance(value, torch.Tensor) and _place(value) in own for value in state.values())
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    # what has no storage to speak of is refused elsewhere, and must only be the same here
+    bare = tensor.is_meta or tensor.layout is not torch.strided
+    where = None if bare or is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return where, tensor.dtype, tensor.shape, strides, tensor.device
+
+
+def entries(node: Node) -> dict[Any, Node]:
+    """Return what a dict's record holds, by key; nothing for other records."""
+    if not isinstance(node, _DICTS):
+        return {}
+    return dict(zip(_keys(node), node.values, strict=True))
+
+
+def _keys(node: DictNode | OrderedDictNode) -> list[Any]:
+    if all(type(key) is str for key in node.keys):
+        return list(node.keys)
+    keys: list[Any] = unflatten(ListNode(node.keys), dict[int, Any]().__getitem__, TORCH)
+    return keys
+
+
+def paired(into: torch.nn.Module, node: Node) -> tuple[torch.nn.Module, Any, Node]:
+    """Return a module, its state and its records, out of the wrappers that only one side has."""
+    first = into.state_dict()
+    if not isinstance(first, dict) or not isinstance(node, _DICTS):
+        return into, first, node
+    for module in unwrapped(into):
+        state = first if module is into else module.state_dict()
+        for saved in _stripped(node):
+            if state.keys() & set(_keys(saved)):
+                return module, state, saved
+    return into, first, node
+
+
+def _stripped(node: Any) -> Iterator[Any]:
+    """Yield a state dict's node, and without the prefix of a wrapper that all its keys have."""
+    yield node
+    while all(type(key) is str for key in node.keys) and (prefix := common_prefix(node.keys)):
+        metadata = node.metadata if isinstance(node, OrderedDictNode) else None
+        if isinstance(metadata, _DICTS):
+            pairs = [
+                ("" if f"{key}." == prefix else key.removeprefix(prefix), value)
+                for key, value in zip(metadata.keys, metadata.values, strict=True)
+                if isinstance(key, str) and f"{key}.".startswith(prefix)
+            ]
+            metadata = DictNode([key for key, _ in pairs], [value for _, value in pairs])
+        keys: list[Any] = [key.removeprefix(prefix) for key in node.keys]
+        node = OrderedDictNode(keys, node.values, metadata)
+        yield node

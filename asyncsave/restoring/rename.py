@@ -1,0 +1,227 @@
+"""Rename: parts of a saved tree under other names, as fine-tuning wants them.
+
+A part is taken out of the tree by its fqn, and put where the live state has the new one: as a
+value of a dict, or, where the state has a module or a state dict with dotted keys, as the keys that
+begin with it. Changes nothing that is live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import torch
+
+from ..format.select import OMITTED
+from ..format.tree import (
+    CONTAINERS,
+    DictNode,
+    Node,
+    ObjectNode,
+    OrderedDictNode,
+    children,
+    key_name,
+)
+
+_DICTS = (DictNode, OrderedDictNode)
+
+
+class _RefusedError(Exception):
+    """A reason why something cannot be put where it should."""
+
+
+def renamed(tree: Node, into: Any, rename: Mapping[str, str]) -> tuple[Node, list[str], list[str]]:
+    """Return ``tree`` with parts moved.
+
+    Args:
+        tree: a saved tree.
+        into: the live state, whose structure decides where a name is.
+        rename: fqns in the checkpoint, and what they are in the state; "" is all of it.
+
+    Returns:
+        The tree; the names of the checkpoint that are not there; reasons against the others.
+    """
+    taken: list[tuple[str, str, Node]] = []
+    absent, reasons = [], []
+    for source in sorted(rename, key=len, reverse=True):  # what is inside another goes first
+        tree, part = _take(tree, source)
+        if part is OMITTED:
+            absent.append(source)
+        else:
+            taken.append((source, rename[source], part))
+    for source, target, part in taken:
+        try:
+            tree = _put(tree, into, target, part)
+        except _RefusedError as refused:
+            reasons.append(f"rename={{{source!r}: {target!r}}}: {refused}")
+    return tree, absent, reasons
+
+
+# -- out of its place -----------------------------------------------------------------------------
+
+
+def _take(node: Node, name: str) -> tuple[Node, Node]:
+    """Return ``node`` without what is called ``name`` in it, and that; OMITTED for nothing."""
+    if not name:
+        return OMITTED, node
+    if isinstance(node, ObjectNode):
+        rest, part = _take(node.state, name)
+        return (rest if rest is OMITTED else msgspec.structs.replace(node, state=rest)), part
+    if isinstance(node, _DICTS):
+        return _take_from_dict(node, name)
+    if not isinstance(node, CONTAINERS):
+        return node, OMITTED
+    items = list(node.items)
+    for i, item in enumerate(items):
+        if name == str(i) or name.startswith(f"{i}."):
+            items[i], part = _take(item, name[len(str(i)) + 1 :])
+            return msgspec.structs.replace(node, items=items), part
+    return node, OMITTED
+
+
+def _take_from_dict(node: DictNode | OrderedDictNode, name: str) -> tuple[Node, Node]:
+    keys: list[Node] = []
+    values: list[Node] = []
+    part: Node = OMITTED
+    flat: dict[str, Node] = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        label, rest = key_name(key), value
+        if label == name and part is OMITTED:
+            part = value
+            continue
+        if label.startswith(f"{name}."):
+            flat[label[len(name) + 1 :]] = value
+            continue
+        if name.startswith(f"{label}.") and part is OMITTED:
+            rest, part = _take(value, name[len(label) + 1 :])
+        if rest is not OMITTED or value is OMITTED:
+            keys.append(key)
+            values.append(rest)
+    if flat and part is OMITTED:
+        metadata = _below(node.metadata, name) if isinstance(node, OrderedDictNode) else None
+        part = OrderedDictNode(list(flat), list(flat.values()), metadata)
+    elif flat:
+        part = _merged(part, OrderedDictNode(list(flat), list(flat.values())), name)
+    if part is OMITTED:
+        return node, OMITTED
+    return (msgspec.structs.replace(node, keys=keys, values=values) if keys else OMITTED), part
+
+
+def _below(metadata: Node, name: str) -> Node:
+    """Return what a module's ``_metadata`` says of the submodule ``name`` and those in it."""
+    if not isinstance(metadata, _DICTS):
+        return None
+    pairs = [
+        (key[len(name) + 1 :], value)
+        for key, value in zip(metadata.keys, metadata.values, strict=True)
+        if isinstance(key, str) and (key == name or key.startswith(f"{name}."))
+    ]
+    return msgspec.structs.replace(
+        metadata, keys=[key for key, _ in pairs], values=[value for _, value in pairs]
+    )
+
+
+# -- into another ---------------------------------------------------------------------------------
+
+
+def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
+    """Return ``node`` with ``part`` where ``name`` is in ``live``, which lies beside it."""
+    where = where or name
+    if isinstance(node, ObjectNode):
+        return msgspec.structs.replace(node, state=_put(node.state, live, name, part, where))
+    if isinstance(part, ObjectNode):
+        part = part.state
+    if callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type):
+        is_module = isinstance(live, torch.nn.Module)
+        state = live.state_dict()
+        if not name:
+            return _merged(node, _flat(part, set(state)) if is_module else part, where)
+        live = state
+    if not name:
+        if isinstance(live, dict) and live and isinstance(part, _DICTS):
+            return _distributed(node, live, part, where)
+        return _merged(node, part, where)
+    if not isinstance(live, dict):
+        raise _RefusedError(f"the state has nothing called {where!r}")
+    labels = {str(key): key for key in live}
+    for label, key in labels.items():
+        if name == label or name.startswith(f"{label}."):
+            inside = _put(_child(node, label), live[key], name[len(label) + 1 :], part, where)
+            return _with(node, [(_key_node(key), inside)], where, replace=True)
+    if not live:
+        return _with(node, [(name, part)], where)
+    if isinstance(part, _DICTS) and any(label.startswith(f"{name}.") for label in labels):
+        flat = _flat(part, {label[len(name) + 1 :] for label in labels})
+        above = where.removesuffix(name).rstrip(".")
+        return _with(node, [(f"{name}.{label}", value) for label, value in children(flat)], above)
+    raise _RefusedError(f"the state has nothing called {where!r}")
+
+
+def _distributed(node: Node, live: dict[Any, Any], part: Node, where: str) -> Node:
+    """Put what is in ``part`` where ``live`` has it, name by name."""
+    for label in map(str, live):
+        rest, inside = _take(part, label)
+        if inside is not OMITTED:
+            node, part = _put(node, live, label, inside, f"{where}.{label}"), rest
+    return _merged(node, part, where)  # of what is left, the match will say what it is
+
+
+def _key_node(key: Any) -> Node:
+    if key is None or isinstance(key, (str, int, float)):
+        return key
+    raise _RefusedError(f"a key that is a {type(key).__name__} has no name to go by")
+
+
+def _child(node: Node, label: str) -> Node:
+    if isinstance(node, ObjectNode):
+        node = node.state
+    return dict(children(node)).get(label, OMITTED) if isinstance(node, _DICTS) else OMITTED
+
+
+def _with(
+    node: Node, pairs: Iterable[tuple[Node, Node]], where: str, *, replace: bool = False
+) -> Node:
+    """Return a dict's node with more in it; with ``replace``, in place of what was there."""
+    if node is OMITTED:
+        node = DictNode([], [])
+    if not isinstance(node, _DICTS):
+        raise _RefusedError(f"the checkpoint has another value where {where!r} is to go")
+    entries = {key_name(key): (key, old) for key, old in zip(node.keys, node.values, strict=True)}
+    for key, value in pairs:
+        label = key_name(key)
+        key, old = entries.get(label, (key, OMITTED))
+        entries[label] = (key, value if replace else _merged(old, value, f"{where}.{label}"))
+    keys, values = zip(*entries.values(), strict=True) if entries else ((), ())
+    return msgspec.structs.replace(node, keys=list(keys), values=list(values))
+
+
+def _merged(one: Node, other: Node, where: str) -> Node:
+    """Return both in one place, if one is nothing or no name is in both."""
+    if one is OMITTED or other is OMITTED:
+        return other if one is OMITTED else one
+    if isinstance(one, ObjectNode):
+        return msgspec.structs.replace(one, state=_merged(one.state, other, where))
+    if isinstance(other, ObjectNode):
+        other = other.state
+    if not isinstance(one, _DICTS) or not isinstance(other, _DICTS):
+        raise _RefusedError(f"two values of the checkpoint would be {where.strip('.')!r}")
+    return _with(one, zip(other.keys, other.values, strict=True), where)
+
+
+def _flat(part: Node, known: set[str]) -> Node:
+    """Return a dict's node with dotted names, as modules have them, down to names in ``known``."""
+    if not isinstance(part, _DICTS):
+        return part
+    pairs = dict(_flat_items(part, "", known))
+    return msgspec.structs.replace(part, keys=list(pairs), values=list(pairs.values()))
+
+
+def _flat_items(part: Node, prefix: str, known: set[str]) -> Iterator[tuple[str, Node]]:
+    for label, value in children(part):
+        inner = value.state if isinstance(value, ObjectNode) else value
+        name = prefix + label
+        if name not in known and isinstance(inner, _DICTS) and inner.keys:
+            yield from _flat_items(inner, f"{name}.", known)
+        else:
+            yield name, value

@@ -1,0 +1,57 @@
+"""Turns: one thread after the other uses a Checkpointer, and none waits for itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from ..errors import BusyError, ClosedError
+
+
+class Turns:
+    """Gives turns, in the process that made it, until it is ``closed``.
+
+    Args:
+        in_callback: whether the caller is what a turn would wait for.
+    """
+
+    def __init__(self, in_callback: Callable[[], bool]) -> None:
+        self.closed = False
+        self._in_callback = in_callback
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+
+    @property
+    def is_parents(self) -> bool:
+        """Whether this is a forked child's copy, which has no threads."""
+        return self._pid != os.getpid()
+
+    def take(self) -> threading.RLock:
+        """Return what gives a turn: ``with turns.take(): turns.check()``.
+
+        It is a lock, which is taken and given back in one step. A context manager in Python could
+        be interrupted between its taking a lock and the statement's beginning.
+
+        Raises:
+            ClosedError: it belongs to another process.
+            BusyError: the caller has a turn already, or is waited for by whoever has it.
+        """
+        if self.is_parents:  # before the lock, which a thread of the parent may have held
+            raise ClosedError("this Checkpointer belongs to the parent process; make one here")
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise BusyError(
+                "this Checkpointer is at work in this thread already, and was interrupted (by a "
+                "signal's handler?) or calls back; set a flag there, which the training looks at"
+            )
+        if self._in_callback():
+            raise BusyError(
+                "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
+                "return; hand over to a thread of your own"
+            )
+        return self._lock
+
+    def check(self) -> None:
+        """Raise ClosedError if it was closed before the turn came."""
+        if self.closed:
+            raise ClosedError("this Checkpointer is closed; make a new one")

@@ -1,0 +1,56 @@
+"""Values: torch's side of the names in a checkpoint, its dtypes, sizes and devices.
+
+The format's rooms know the names alone (format/dtypes.py, format/tree.py). Pure: no threads, no
+files, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import UnsupportedVersionError
+
+# Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
+TORCH_DTYPES = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+"""Those of this torch, by name; some cannot be the dtype of what is saved, see format/dtypes.py."""
+
+
+def torch_dtype(name: str, what: str) -> torch.dtype:
+    """Return the dtype of a name that the format knows.
+
+    Args:
+        what: what is of that dtype, for the error.
+
+    Raises:
+        UnsupportedVersionError: this torch has none of that name.
+    """
+    if name not in TORCH_DTYPES:
+        raise UnsupportedVersionError(
+            f"{what} has dtype {name}, which this torch does not know: install a newer one"
+        )
+    return TORCH_DTYPES[name]
+
+
+class TorchValues:
+    """Makes the plain values that are torch's own: `format.tree.Values` for torch."""
+
+    def size(self, dims: Sequence[int]) -> torch.Size:
+        """Return a `torch.Size` of these lengths."""
+        return torch.Size(dims)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of that name; UnsupportedVersionError where this torch has none."""
+        return torch_dtype(name, "a value of the checkpoint")
+
+    def device(self, name: str) -> torch.device:
+        """Return the device of that name; RuntimeError where torch knows none."""
+        return torch.device(name)
+
+
+TORCH = TorchValues()

@@ -1,0 +1,1 @@
+"""What each compression would cost and save here, measured on a state's own bytes."""
