@@ -1,7 +1,8 @@
 """asyncsave writes PyTorch checkpoints in the background, inside a memory limit, and safely.
 
-See `Checkpointer` for training loops; `save`, `load`, `restore` and `verify` for single
-checkpoints; `tune` for which compression to use; `asyncsave.numpy` to load without torch.
+See `Checkpointer` for training loops; `Saver` for saves to any path; `save`, `load`, `restore` and
+`verify` for single checkpoints; `tune` for which compression to use; `asyncsave.numpy` to load
+without torch.
 
 Each name is imported when it is first asked for: whoever only looks at checkpoints waits for no
 torch, and needs none.
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import numpy
+    from . import numpy as numpy
     from .codec.compression import Compression
     from .errors import (
         AsyncSaveError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .report import CheckpointInfo, RestoreReport, SaveReport, Stats, VerifyReport
     from .restoring.restore import load, restore
     from .run.checkpointer import Checkpointer
-    from .saver import save
+    from .saver import Saver, save
     from .state.rng import RngState
     from .tuning.measure import tune
     from .tuning.report import TuneReport, TuneRow
@@ -65,6 +66,7 @@ _ROOMS = {
     "SaveError": "errors",
     "SaveHandle": "pipeline.handle",
     "SaveReport": "report",
+    "Saver": "saver",
     "StagingError": "errors",
     "StateError": "errors",
     "Stats": "report",
@@ -80,6 +82,8 @@ _ROOMS = {
     "tune": "tuning.measure",
     "verify": "reading.listing",
 }
+_MODULES = ("errors", "numpy", "report")  # not in __all__: a star must not hide NumPy
+
 __all__ = [
     "AsyncSaveError",
     "BusyError",
@@ -101,6 +105,7 @@ __all__ = [
     "SaveError",
     "SaveHandle",
     "SaveReport",
+    "Saver",
     "StagingError",
     "StateError",
     "Stats",
@@ -112,7 +117,6 @@ __all__ = [
     "__version__",
     "checkpoints",
     "load",
-    "numpy",
     "restore",
     "save",
     "tune",
@@ -121,8 +125,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "numpy":
-        return importlib.import_module(".numpy", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -140,4 +144,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -34,7 +34,8 @@ def load(path: PathLike, keys: str | Sequence[str] | None = None) -> Any:
         name, as in "torch.float32" and "cuda:0".
 
     Raises:
-        ConfigError: a key names nothing; or ml_dtypes is needed, and is not there.
+        MismatchError: a key names nothing.
+        ConfigError: ml_dtypes is needed, and is not there.
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`.
     """
     return load_arrays(LocalFileSystem(), local_path(path), keys)

@@ -1,9 +1,17 @@
-"""Single: one checkpoint, without a run around it."""
+"""Saver: memory and threads that saves share, whatever the path; and `save`, which is one of it.
+
+The training thread calls all of it, or several threads take turns; what the saves do in the
+background is the pipeline's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+import warnings
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +19,126 @@ from .codec.compression import CompressionSetting, parse_compression
 from .errors import CheckpointExistsError, ConfigError, LoadError, write_error
 from .format.lineage import NO_LINEAGE, Lineage
 from .format.manifest import CHECKPOINT_FILE
+from .format.notes import encode_plain, parse_metrics, parse_step
 from .pipeline.budget import MemoryLimit, parse_limit
 from .pipeline.handle import SaveHandle
 from .pipeline.pipeline import Pipeline
 from .pipeline.save import Target
+from .pipeline.session import Session
+from .pipeline.watchdog import STALL_WARNING_SECONDS
 from .reading.checkpoint import read_record
 from .reading.history import read_history
 from .storage.filesystem import FileSystem, LocalFileSystem
 from .storage.place import PathLike, local_path
-from .storage.steps import STEP, sweep
+from .storage.steps import STEP, step_path, sweep
+
+
+class Saver(Session):
+    """Saves checkpoints to any path, in the background, with memory and threads that it keeps.
+
+    ::
+
+        with asyncsave.Saver(compression=1) as saver:
+            for epoch in range(epochs):
+                train(model)
+                saver.save({"model": model}, f"epochs/{epoch}", metadata={"epoch": epoch})
+
+    It is what frameworks plug in that decide themselves when to save, where to, and what to keep;
+    `Checkpointer` decides that for a run. From the second save on, a state of the same shape takes
+    no new memory and starts no thread. One save is in flight at a time: the next one waits for it.
+
+    Methods may be called from any thread. The error of a save that failed, and that nobody has seen
+    yet, is raised by the next call, which does nothing else then: call it again. Close it, or use
+    it in a ``with`` statement: one that is merely dropped finishes its save, frees its threads, and
+    warns (ResourceWarning).
+
+    Args:
+        compression: "auto", "off", a level from 0 to 22, or a `Compression`.
+        memory_limit: most bytes to use beside the state: an int, or a text as "2GB" or "512MiB";
+            "auto" is the whole state if that is at most half of the available memory, else that
+            half. With less than the state, it is copied in waves.
+        overlap: copy device tensors that only the optimizer changes during the next forward and
+            backward pass. Off: everything is copied before `save` returns.
+        durable: sync files and directories, so that what is reported done survives a power cut.
+        stall_warning_seconds: log a warning that says where when a save has stood still for so
+            long, and again each time that has doubled; None: never.
+
+    Raises:
+        ConfigError: an argument cannot be.
+        SaveError: the threads cannot be started.
+    """
+
+    def __init__(
+        self,
+        *,
+        compression: CompressionSetting = "auto",
+        memory_limit: MemoryLimit = "auto",
+        overlap: bool = True,
+        durable: bool = True,
+        stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
+    ) -> None:
+        try:
+            super().__init__(
+                LocalFileSystem(),
+                compression=compression,
+                memory_limit=memory_limit,
+                overlap=overlap,
+                durable=durable,
+                stall_warning_seconds=stall_warning_seconds,
+            )
+            self._finalizer = weakref.finalize(self, _abandoned, os.getpid(), self._pipeline)
+            self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+        except BaseException:  # an interrupt may come at any point of it
+            if hasattr(self, "_pipeline"):
+                self._pipeline.close()
+            raise
+
+    def save(
+        self,
+        state: Any,
+        path: PathLike,
+        *,
+        step: int | None = None,
+        overwrite: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Any = None,
+    ) -> SaveHandle:
+        """Save ``state`` as one checkpoint at ``path``, in the background.
+
+        On return the snapshot is taken, except that device tensors which only the optimizer changes
+        may still be being copied until the fence. The checkpoint exists, whole and durable, once
+        the handle's ``result()`` returns; before that there is nothing at ``path``, or what was
+        there.
+
+        Args:
+            state: any nest of dicts, lists, tuples with tensors, arrays, plain values and objects
+                that have ``state_dict()``.
+            path: the directory to make; its parent is made if need be.
+            step: the training step that ``state`` is after, if it is to be stored.
+            overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
+                durable.
+            metrics: numbers to store in ``checkpoint.json``.
+            metadata: plain JSON to store there.
+
+        Raises:
+            StateError, ConfigError, StagingError, CheckpointExistsError: at once; nothing was
+                begun.
+            SaveError, CommitError: of an earlier save that failed and that nobody has seen;
+                nothing was begun. Of this one: from the handle.
+        """
+        began = time.perf_counter()
+        with self._turns.take():
+            self._turns.check()
+            number = None if step is None else parse_step(step, state)
+            numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
+            where = local_path(path)
+            _check_name(where, number)
+            self._saves.raise_unseen()
+            self._saves.await_current()
+            self._saves.raise_unseen()
+            lineage = _prepare(self._filesystem, where, overwrite=overwrite)
+            target = Target(where, number, lineage, overwrite, numbers, plain)
+            return self._saves.begin(state, target, began)
 
 
 def save(
@@ -30,13 +149,10 @@ def save(
     memory_limit: MemoryLimit = "auto",
     overwrite: bool = False,
 ) -> SaveHandle:
-    """Save ``state`` as one checkpoint at ``path``, in the background.
+    """Save ``state`` as one checkpoint at ``path``, in the background: a `Saver` used once.
 
-    On return the snapshot is taken, except that device tensors which only the optimizer changes may
-    still be being copied until the fence. The checkpoint exists, whole and durable, once the
-    handle's ``result()`` returns; before that there is nothing at ``path``, or what was there.
-
-    For a run of saves use `Checkpointer`, which keeps its memory and threads.
+    See `Saver.save`. For a run of saves use a `Checkpointer`, for several paths a `Saver`: they
+    keep their memory and threads.
 
     Args:
         state: any nest of dicts, lists, tuples with tensors, arrays, plain values and objects that
@@ -53,27 +169,66 @@ def save(
     """
     began = time.perf_counter()
     setting, limit = parse_compression(compression), parse_limit(memory_limit)
-    filesystem = LocalFileSystem()
-    target = local_path(path)
-    try:
-        filesystem.make_directories(target.parent)
-        sweep(filesystem, target.parent, target.name)
-        _check_target(filesystem, target, overwrite=overwrite)
-        lineage = _lineage(filesystem, target)
-    except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
-        raise
-    except OSError as cause:
-        raise write_error("create", target, cause) from cause
+    filesystem, where = LocalFileSystem(), local_path(path)
+    _check_name(where, None)
+    lineage = _prepare(filesystem, where, overwrite=overwrite)
     pipeline = Pipeline(
         filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True
     )
     try:
-        handle = pipeline.save(state, Target(target, lineage=lineage, replace=overwrite), began)
+        handle = pipeline.save(state, Target(where, None, lineage, overwrite), began)
         pipeline.end()
     except BaseException:
         pipeline.close()
         raise
     return handle
+
+
+def _abandoned(pid: int, pipeline: Pipeline) -> None:
+    """End what belonged to a Saver that was garbage-collected, in whatever thread."""
+    if pid != os.getpid():
+        return
+    pipeline.end()
+    warnings.warn(
+        "a Saver was dropped without close(); use it in a with statement",
+        ResourceWarning,
+        stacklevel=2,
+    )
+
+
+def _check_name(target: Path, step: int | None) -> None:
+    """Raise ConfigError if the path has the name of another step's, which no load would believe."""
+    named = STEP.fullmatch(target.name)
+    if named and step_path(target.parent, int(named[1])) != target:
+        raise ConfigError(
+            f"{target.name} looks like the name of step {int(named[1])}, which is "
+            f"{step_path(target.parent, int(named[1])).name}: choose that, or another name"
+        )
+    if named and step is not None and int(named[1]) != step:
+        raise ConfigError(
+            f"{target.name} is the name of step {int(named[1])}, and this is step {step}: choose "
+            "another name"
+        )
+
+
+def _prepare(filesystem: FileSystem, target: Path, *, overwrite: bool) -> Lineage:
+    """Make the parent, sweep what dead writers left for this target, and check it.
+
+    Returns:
+        The place in a run of what is overwritten; a new one has none.
+
+    Raises:
+        CheckpointExistsError, ConfigError, WriteError: it cannot be.
+    """
+    try:
+        filesystem.make_directories(target.parent)
+        sweep(filesystem, target.parent, target.name)
+        _check_target(filesystem, target, overwrite=overwrite)
+        return _lineage(filesystem, target)
+    except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
+        raise
+    except OSError as cause:
+        raise write_error("create", target, cause) from cause
 
 
 def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:

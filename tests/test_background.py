@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import asyncsave
+from asyncsave.codec.compression import CompressionSetting
 from asyncsave.pipeline.save import Frame
 from asyncsave.pipeline.stages import _runs
 from asyncsave.snapshot.arena import Arena
@@ -37,7 +38,7 @@ def writes_of(faults: Faults) -> list[tuple[int, int]]:
 def test_neighbours_are_written_together(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    compression: asyncsave.run.checkpointer.CompressionSetting,
+    compression: CompressionSetting,
     memory_limit: int | str,
     expected: list[int] | None,
 ) -> None:

@@ -207,3 +207,13 @@ def test_faults(tmp_path: Path) -> None:
     full = rows["asyncsave"]["full_disk"]
     assert full in ("raises DiskFullError, nothing is left", "not tried: needs root")
     assert "IntegrityError" in printed
+
+
+def test_start(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    results, printed = run("start", path)
+    names = [row["name"] for row in results["rows"]]
+    assert names[:2] == ["python alone", "import asyncsave"]
+    assert all(row["min"] <= row["seconds"] <= row["max"] for row in results["rows"])
+    assert all(name in printed for name in names)
+    assert len(results["bars"]) == 2

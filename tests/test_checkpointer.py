@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import asyncsave
+import asyncsave.storage.filesystem
 from asyncsave import Checkpointer
 
 from .support import GatedFileSystem, assert_same, eventually

@@ -86,7 +86,7 @@ def test_many_threads_want_one_directory_and_one_gets_it(tmp_path: Path) -> None
 
 
 OWNER = """
-import sys, time, torch, asyncsave
+import sys, time, torch, asyncsave.run.checkpointer
 from tests.support import GatedFileSystem
 filesystem = GatedFileSystem()
 asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,7 @@ def test_restore_with_little_memory(
     monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 1 << 20)
     state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20)}
     asyncsave.save(state, tmp_path / "a", compression=compression).result()
-    # asyncsave.restore, as an attribute, is the function
-    monkeypatch.setattr(
-        sys.modules["asyncsave.restoring.apply"], "available_memory", lambda: available
-    )
+    monkeypatch.setattr("asyncsave.restoring.apply.available_memory", lambda: available)
     monkeypatch.setattr(LocalReadable, "is_cached", lambda *_: False)
     reads, frame = 0, Checkpoint._frame
 

@@ -214,7 +214,7 @@ def test_descriptors_that_run_short(tmp_path: Path) -> None:
 # -- programs -------------------------------------------------------------------------------------
 
 FAILS = """
-import errno
+import errno, asyncsave.storage.filesystem
 def fails(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 asyncsave.storage.filesystem.LocalFileSystem.write_file = fails

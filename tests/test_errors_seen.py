@@ -143,7 +143,7 @@ def test_an_error_that_was_raised_to_the_caller_is_not_raised_again(
 # -- at exit --------------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, errno, threading, torch, asyncsave
+import os, sys, errno, threading, torch, asyncsave.run.checkpointer, asyncsave.saver
 from tests.faultfs import Faults, FaultFileSystem
 fail = Faults(0, errno.ENOSPC)
 fail.on = False

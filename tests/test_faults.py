@@ -39,7 +39,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 def use(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
     """Let everything in asyncsave use a disk with these faults."""
-    for module in ("checkpointer", "single", "restore"):
+    for module in ("run.checkpointer", "saver", "restoring.restore"):
         # asyncsave.restore is the function
         found = importlib.import_module(f"asyncsave.{module}")
         monkeypatch.setattr(found, "LocalFileSystem", lambda: FaultFileSystem(faults))

@@ -20,12 +20,12 @@ import torch
 
 import asyncsave
 from asyncsave.format.dtypes import DTYPES
-from asyncsave.state.values import TORCH_DTYPES
 
 from . import numpy_reader
 from .make_golden import (
     CHECKPOINTS,
     GOLDEN,
+    TORCH_DTYPES,
     Pair,
     Stateful,
     as_numpy,

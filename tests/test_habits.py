@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import asyncsave
+import asyncsave.storage.filesystem
+import asyncsave.tuning.sample
 from asyncsave import Checkpointer
 
 from .faultfs import FaultFileSystem, Faults

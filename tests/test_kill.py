@@ -203,7 +203,7 @@ def test_sigterm_at_many_random_moments(tmp_path: Path) -> None:
 
 
 HELD = """
-import os, signal, sys, threading, torch, asyncsave
+import os, signal, sys, threading, torch, asyncsave.run.checkpointer
 from tests.support import GatedFileSystem
 filesystem = GatedFileSystem()
 asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem

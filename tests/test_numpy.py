@@ -98,8 +98,46 @@ def test_ties_strides_and_parts(tmp_path: Path) -> None:
     assert list(part) == ["other"]
     part = asyncsave.numpy.load(tmp_path / "a", "row")
     np.testing.assert_array_equal(part["row"], base[3].numpy())
-    with pytest.raises(asyncsave.ConfigError, match="names"):
+    with pytest.raises(asyncsave.MismatchError, match="row"):
         asyncsave.numpy.load(tmp_path / "a", keys="rows")
+
+
+def test_every_dtype_with_strides(tmp_path: Path) -> None:
+    for name, known in DTYPES.items():
+        if name in TORCH_DTYPES:
+            path = tmp_path / name
+            value = torch.ones(8 * known.nbytes, dtype=torch.uint8).view(TORCH_DTYPES[name])
+            asyncsave.save({"x": value, "y": value[::3]}, path).result()
+            loaded = asyncsave.numpy.load(path)
+            assert loaded["y"].shape == (3,)
+            assert loaded["y"].tobytes() == bytes([1] * 3 * known.nbytes)
+
+
+def test_arrays_that_share_memory_are_aligned(tmp_path: Path) -> None:
+    base = torch.arange(64, dtype=torch.uint8)
+    late = torch.empty(0, dtype=torch.int64).set_(base.untyped_storage(), 1, (4,), (1,))
+    asyncsave.save({"u": base[4:60], "f": late}, tmp_path / "a").result()
+    loaded = asyncsave.numpy.load(tmp_path / "a")
+    assert loaded["f"].flags.aligned
+    assert loaded["f"].tolist() == late.tolist()
+    assert loaded["u"].tolist() == list(range(4, 60))
+
+
+def test_keys_that_are_the_same_without_torch_are_refused(tmp_path: Path) -> None:
+    """None is dropped without a word."""
+    state = {torch.float32: 1, "torch.float32": 2}
+    asyncsave.save(state, tmp_path / "a").result()
+    assert asyncsave.load(tmp_path / "a") == state
+    with pytest.raises(asyncsave.LoadError, match="keys that are the same"):
+        asyncsave.numpy.load(tmp_path / "a")
+
+
+def test_a_shape_that_numpy_cannot_have_is_a_load_error(tmp_path: Path) -> None:
+    asyncsave.save(
+        {"x": torch.empty(2**40, 2**20, 0, dtype=torch.float64)}, tmp_path / "a"
+    ).result()
+    with pytest.raises(asyncsave.LoadError, match="which NumPy cannot have"):
+        asyncsave.numpy.load(tmp_path / "a")
 
 
 def test_the_newest_sound_one_of_a_run(tmp_path: Path) -> None:
@@ -154,7 +192,11 @@ def test_the_import_is_light() -> None:
     assert seen == "[]\n"
     code = "import asyncsave.cli, asyncsave.numpy, sys; print('torch' in sys.modules)"
     assert run_python(code) == "False\n"
-    assert {*asyncsave.__all__, "__doc__"} <= set(dir(asyncsave))
+    assert {*asyncsave.__all__, "__doc__", "numpy", "errors"} <= set(dir(asyncsave))
+    code = "import asyncsave; print(asyncsave.errors.SaveError, asyncsave.report.Stats)"
+    assert "SaveError" in run_python(code)
+    code = "import numpy; from asyncsave import *; print(numpy.__name__, save.__name__)"
+    assert run_python(code) == "numpy save\n"
     shown = run_python("import asyncsave; help(asyncsave)")
     assert all(name in shown for name in ("class Checkpointer", "verify(path", "tune("))
 

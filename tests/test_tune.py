@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from asyncsave import TuneReport, TuneRow
 from asyncsave.pipeline.budget import CHUNK_BYTES
 from asyncsave.storage.commit import Draft, begin
 from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.tuning import measure
 from asyncsave.tuning.sample import Sample, sample_of_checkpoint, sample_of_state
 
 from .faultfs import FaultFileSystem, Faults
-
-TUNE = sys.modules["asyncsave.tuning.measure"]  # asyncsave.tuning.measure is the function
 
 
 def state(mib: int = 4) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def test_a_checkpoint_and_a_run_are_left_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_sample_stands_for_a_large_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TUNE, "_SAMPLE_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(measure, "_SAMPLE_BYTES", CHUNK_BYTES)
     # the first half compresses, the second does not
     large = {"w": torch.cat([torch.zeros(12 << 20), torch.randn(12 << 20)])}
     report = asyncsave.tune(large, directory=tmp_path, levels=[0], seconds=2)
@@ -149,10 +147,10 @@ def test_levels_that_saw_other_chunks_are_compared_on_the_same_ones(tmp_path: Pa
     """Level 9 has only seen chunks that shrink more than the others."""
     sample = Sample([torch.zeros(100, dtype=torch.uint8) for _ in range(4)], 40_000)
     draft = Draft(tmp_path, tmp_path, None)
-    measuring = TUNE._Measuring(LocalFileSystem(), draft, sample, 0.0, 1.0, None)
-    off = TUNE._Level(0, values=sample.values, durable_seconds=[1.0], cpu_seconds=[1.0])
-    one = TUNE._Level(1, [1e-9], [50, 50, 90, 90], sample.values, [1.0], [1.0])
-    nine = TUNE._Level(9, [1e-8], [45, 45], sample.values[:2], [1.0], [1.0])
+    measuring = measure._Measuring(LocalFileSystem(), draft, sample, 0.0, 1.0, None)
+    off = measure._Level(0, values=sample.values, durable_seconds=[1.0], cpu_seconds=[1.0])
+    one = measure._Level(1, [1e-9], [50, 50, 90, 90], sample.values, [1.0], [1.0])
+    nine = measure._Level(9, [1e-8], [45, 45], sample.values[:2], [1.0], [1.0])
     measuring.levels = [off, one, nine]
     assert [measuring.row(each).stored_bytes for each in measuring.levels] == [
         40_000,
@@ -221,7 +219,9 @@ def test_every_operation_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     small = {"w": torch.ones(1000)}
     for i in range(300):
         faults = Faults(i, errno.ENOSPC)
-        monkeypatch.setattr(TUNE, "LocalFileSystem", lambda faults=faults: FaultFileSystem(faults))
+        monkeypatch.setattr(
+            measure, "LocalFileSystem", lambda faults=faults: FaultFileSystem(faults)
+        )
         error: BaseException | None = None
         try:
             asyncsave.tune(small, directory=tmp_path, levels=[0], seconds=0.001)

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import FormatError
+from ..errors import FormatError, LoadError
 from .tree import (
     DictNode,
     ListNode,
@@ -39,7 +39,7 @@ def unflatten(tree: Node, bulk: Callable[[int], Any], values: Values) -> Any:
     """
     try:
         return _build(tree, bulk, values)
-    except FormatError:
+    except LoadError:
         raise
     except IMPOSSIBLE as cause:
         raise FormatError(f"the checkpoint's tree has an impossible value: {cause}") from cause
@@ -53,9 +53,15 @@ def _build(node: Node, bulk: Callable[[int], Any], values: Values) -> Any:
             (_build(key, bulk, values), _build(value, bulk, values))
             for key, value in zip(node.keys, node.values, strict=True)
         ]
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            raise LoadError(
+                "the checkpoint has a dict with keys that are the same here, as torch's dtypes and "
+                "their names are without torch"
+            )
         if isinstance(node, DictNode):
-            return dict(pairs)
-        ordered: Any = collections.OrderedDict(pairs)
+            return made
+        ordered: Any = collections.OrderedDict(made)
         if node.metadata is not None:
             ordered._metadata = _build(node.metadata, bulk, values)
         return ordered

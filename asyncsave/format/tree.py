@@ -29,7 +29,8 @@ _HEX_INT = re.compile("-?[0-9a-f]+")
 # What `dtype.str` can be. numpy.dtype() takes far more: it warns of some, and evaluates others.
 _NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm][0-9]{1,10}(\[[0-9]{0,10}[A-Za-z]{1,2}\])?")
 
-_DEVICE = re.compile(r"[a-z][a-z0-9_]{0,39}(:[0-9]{1,3})?")
+# torch keeps the number of a device in a signed byte
+_DEVICE = re.compile(r"[a-z][a-z0-9_]{0,39}(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?")
 
 
 class _Node(msgspec.Struct, frozen=True, tag_field="t", omit_defaults=True):

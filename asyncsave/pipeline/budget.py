@@ -1,4 +1,4 @@
-"""Memory: how a limit is divided among slots, frames and encoders, and what holds them.
+"""Budget: how a limit is divided among slots, frames and encoders, and what holds them.
 
 Who calls what: the training thread fits and closes, when no save is in flight; the arenas and the
 queue of encoders are for everybody.

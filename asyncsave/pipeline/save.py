@@ -1,4 +1,4 @@
-"""Task: one save in flight. What it is to become, what it holds, how far it is."""
+"""Save: one save in flight. What it is to become, what it holds, how far it is."""
 
 from __future__ import annotations
 

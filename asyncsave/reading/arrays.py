@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, LoadError
-from ..format.build import unflatten
+from ..format.build import IMPOSSIBLE, unflatten
 from ..format.dtypes import DTYPES
-from ..format.manifest import TensorRecord, extent_bytes
+from ..format.manifest import TensorRecord, extent_bytes, item_bytes
+from ..format.names import refuse_unused
 from ..format.select import select
 from ..format.tree import Node, bulk_indices, numpy_dtype
 from ..pages import Bytes
 from ..storage.filesystem import FileSystem
 from .checkpoint import Checkpoint, Run
 from .newest import first_sound
-
-_ALIGNMENT = 16  # of a tensor's memory in the address space, see FORMAT.md
 
 
 class NumpyValues:
@@ -52,7 +51,8 @@ def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | 
         keys: globs of fqns; None for all.
 
     Raises:
-        ConfigError: a key names nothing; or a dtype needs ml_dtypes, which is not there.
+        MismatchError: a key names nothing.
+        ConfigError: a dtype needs ml_dtypes, which is not there.
         LoadError: see `first_sound`.
     """
 
@@ -60,8 +60,7 @@ def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | 
         tree: Node = checkpoint.rank.tree
         if keys is not None:
             tree, unused = select(tree, keys)
-            if unused:
-                raise ConfigError(f"{checkpoint.path} has nothing that keys={unused} names")
+            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
         bulk = _read(checkpoint, sorted(set(bulk_indices(tree))))
         return unflatten(tree, bulk.__getitem__, _VALUES)
 
@@ -80,7 +79,7 @@ def _read(checkpoint: Checkpoint, indices: Sequence[int]) -> dict[int, Any]:
 
     def finish() -> None:
         if members:
-            pad = start % _ALIGNMENT
+            pad = _pad(start, [tensors[i] for i in members])
             memory = _memory(pad + stop - start)
             memories.append((start - pad, memory, members))
             runs.append(Run(start, stop - start, memory[pad:]))
@@ -100,6 +99,19 @@ def _read(checkpoint: Checkpoint, indices: Sequence[int]) -> dict[int, Any]:
     return bulk
 
 
+def _pad(start: int, records: Sequence[TensorRecord]) -> int:
+    """Return where in new memory the address ``start`` must be, for all arrays to be aligned.
+
+    What was tied was aligned when it was saved, so there is such an offset, see FORMAT.md; in a
+    file that somebody made up there may be none, and arrays can do without.
+    """
+    items = [(record.shards[0].start - start, item_bytes(record)) for record in records]
+    for pad in range(16):
+        if all((pad + offset) % min(width, 16) == 0 for offset, width in items):
+            return pad
+    return 0
+
+
 def _memory(nbytes: int) -> Bytes:
     try:
         return np.empty(nbytes, np.uint8)
@@ -111,13 +123,22 @@ def _value(memory: Bytes, offset: int, record: TensorRecord, dtype: np.dtype[Any
     raw = memory[offset : offset + extent_bytes(record)]
     if record.kind == "bytes":
         return raw.tobytes()
-    if raw.size == 0:
-        return np.empty(record.shape, dtype)
-    strides = record.shards[0].strides
-    if strides is None:
-        return raw.view(dtype).reshape(record.shape)
-    steps = tuple(step * dtype.itemsize for step in strides)
-    return np.lib.stride_tricks.as_strided(raw.view(dtype), record.shape, steps)
+    try:
+        if raw.size == 0:
+            return np.empty(record.shape, dtype)
+        strides = record.shards[0].strides
+        if strides is None:
+            return raw.view(dtype).reshape(record.shape)
+        # one element has no next one: its step may be any number, also beyond what NumPy takes
+        steps = [
+            step * dtype.itemsize if size > 1 else 0
+            for size, step in zip(record.shape, strides, strict=True)
+        ]
+        return np.ndarray(record.shape, dtype, raw, strides=steps)  # which checks bounds
+    except IMPOSSIBLE as cause:
+        raise LoadError(
+            f"{record.name!r:.80} has the shape {record.shape}, which NumPy cannot have: {cause}"
+        ) from cause
 
 
 def _dtype(record: TensorRecord) -> np.dtype[Any]:

@@ -1,4 +1,4 @@
-"""Reader: checked bytes from a checkpoint into memory, in parallel.
+"""Checkpoint: checked bytes from a checkpoint into memory, in parallel.
 
 `Checkpoint.open` believes nothing: names are fixed by the format, records are validated before they
 are used, links and pipes are refused. `Checkpoint.read` reads each chunk that is needed once,

@@ -59,7 +59,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _newest_sound(history: History, damage: dict[Path, LoadError]) -> Path | None:
-    """Return what `restore` would take, by the rule of storage/newest.py."""
+    """Return what `restore` would take, by the rule of reading/newest.py."""
     for each in history.line:
         error = damage.get(each.path)
         if error is None:

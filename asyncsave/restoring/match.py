@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..format.manifest import TensorRecord
+from ..format.names import leaf_names, some
 from ..format.select import OMITTED, is_whole
 from ..format.tree import (
     CONTAINERS,
@@ -30,7 +31,7 @@ from ..format.tree import (
     key_name,
     plain,
 )
-from .hints import hints, leaf_names, some
+from .hints import hints
 from .live import (
     Bulk,
     Fill,

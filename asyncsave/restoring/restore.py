@@ -19,6 +19,7 @@ import torch
 from ..errors import ConfigError, MismatchError
 from ..format.build import unflatten
 from ..format.manifest import CheckpointRecord
+from ..format.names import refuse_unused, some
 from ..format.select import OMITTED, is_named, patterns_of, select
 from ..format.tree import CONTAINERS, TensorNode, bulk_indices
 from ..reading.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ from ..state.values import TORCH
 from ..storage.filesystem import FileSystem, LocalFileSystem
 from ..storage.place import PathLike, local_path
 from .apply import apply
-from .hints import close_names, leaf_names, some
 from .leaves import NewLeaves
 from .match import Match, Value
 from .rename import renamed
@@ -127,7 +127,7 @@ def load_from(
         tree = checkpoint.rank.tree
         if keys is not None:
             tree, unused = select(tree, keys)
-            _refuse_unused(checkpoint, unused, "keys")
+            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
         new = NewLeaves(checkpoint.rank.tensors, sorted(set(bulk_indices(tree))))
         checkpoint.read(new.runs)
         bulk = new.values(where)
@@ -177,9 +177,9 @@ class Wish:
         tree = checkpoint.rank.tree
         if self.patterns is not None:
             tree, unused = select(tree, self.patterns, OMITTED)
-            _refuse_unused(checkpoint, unused, "keys")
+            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
         tree, absent, reasons = renamed(tree, into, self.rename)
-        _refuse_unused(checkpoint, absent, "rename")
+        refuse_unused(checkpoint.path, checkpoint.rank.tree, absent, "rename")
         is_left = None if self.patterns is None else self._is_left
         match = Match(checkpoint.rank.tensors, self.strict, self.cast, is_left, reasons)
         if not reasons:
@@ -270,14 +270,6 @@ def _is_read_anew(value: Value) -> bool:
     """Whether a value is a plain one at the root of the state."""
     assert value.name is not None
     return "." not in value.name and not isinstance(value.node, (*CONTAINERS, TensorNode))
-
-
-def _refuse_unused(checkpoint: Checkpoint, unused: Sequence[str], argument: str) -> None:
-    if unused:
-        raise MismatchError(
-            f"{checkpoint.path} has nothing that these {argument} name:",
-            close_names(leaf_names(checkpoint.rank.tree), unused),
-        )
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -10,40 +10,40 @@ import functools
 import logging
 import os
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from ..codec.compression import CompressionSetting, parse_compression
+from ..codec.compression import CompressionSetting
 from ..errors import (
     ConfigError,
 )
-from ..format.notes import parse_step
-from ..pipeline.budget import MemoryLimit, parse_limit
-from ..pipeline.handle import SaveHandle, ends_well
+from ..format.notes import encode_plain, parse_metrics, parse_step
+from ..pipeline.budget import MemoryLimit
+from ..pipeline.handle import SaveHandle
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.watchdog import STALL_WARNING_SECONDS, parse_stall_warning
+from ..pipeline.saves import OnBusy, OnError
+from ..pipeline.session import Session
+from ..pipeline.watchdog import STALL_WARNING_SECONDS
 from ..reading.listing import list_checkpoints
-from ..report import CheckpointInfo, RestoreReport, Stats
+from ..report import CheckpointInfo, RestoreReport
 from ..restoring.restore import Wish, load_from, restore_from
-from ..storage.filesystem import FileSystem, LocalFileSystem
+from ..storage.filesystem import LocalFileSystem
 from ..storage.place import PathLike, local_path
 from .cadence import Cadence
 from .directory import Existing, RunDirectory, Step
 from .retention import KeepBest, Policy
-from .saves import OnBusy, OnError, Saves
 from .signals import StopSignals
-from .turns import Turns
 
 _log = logging.getLogger("asyncsave")
 
 
-class Checkpointer:
+class Checkpointer(Session):
     """Saves, prunes and restores the checkpoints of one run.
 
     ::
@@ -130,24 +130,22 @@ class Checkpointer:
     ) -> None:
         self._cadence = Cadence(every_steps, every_seconds)
         policy = Policy.parse(keep_last, keep_every, keep_best)
-        setting, limit = parse_compression(compression), parse_limit(memory_limit)
         self._directory = local_path(directory)
-        self._filesystem: FileSystem = LocalFileSystem()
         self._should_stop = self._has_begun = False
         self._signals = StopSignals(signals)
+        filesystem = LocalFileSystem()
         try:
-            self._run = RunDirectory(self._filesystem, self._directory, policy, existing)
-            self._saves = Saves(self._run, on_busy, on_error)
-            self._pipeline = Pipeline(
-                self._filesystem,
-                compression=setting,
-                memory_limit=limit,
+            super().__init__(
+                filesystem,
+                compression=compression,
+                memory_limit=memory_limit,
                 overlap=overlap,
                 durable=durable,
-                stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
+                stall_warning_seconds=stall_warning_seconds,
+                on_busy=on_busy,
+                on_error=on_error,
             )
-            self._saves.pipeline = self._pipeline
-            self._turns = Turns(self._pipeline.in_callback)
+            self._run = RunDirectory(filesystem, self._directory, policy, existing)
             self._finalizer = weakref.finalize(
                 self, _abandoned, os.getpid(), self._pipeline, self._run, self._signals
             )
@@ -157,25 +155,6 @@ class Checkpointer:
                 if hasattr(self, name):
                     getattr(self, name).close()
             raise
-
-    def __enter__(self) -> Checkpointer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self._close(seen=not ends_well(error))
-        except Exception as failure:
-            # the training's own exception is the one to see; this one goes with it
-            error.add_note(f"asyncsave: a save had failed as well: {failure!r}")
-            _log.error("a save failed: %s", failure, exc_info=failure)
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -222,7 +201,7 @@ class Checkpointer:
             stopping = self._signals.arrived and not self._should_stop
             handle = None
             if stopping or self._cadence.due(number):
-                handle = self._saves.begin(number, state, metrics, metadata, wait=stopping)
+                handle = self._begin(number, state, metrics, metadata, wait=stopping)
                 if handle is not None:
                     self._cadence.restart()
             if stopping and handle is not None:
@@ -261,7 +240,7 @@ class Checkpointer:
         with self._turns.take():
             self._turns.check()
             number = parse_step(step, state)
-            handle = self._saves.begin(number, state, metrics, metadata)
+            handle = self._begin(number, state, metrics, metadata)
             if handle is not None:
                 self._cadence.restart()
             if not block:
@@ -271,38 +250,6 @@ class Checkpointer:
             with self._turns.take():
                 self._saves.tell_unseen(but=handle)
         return handle
-
-    def prewarm(self, state: Any) -> None:
-        """Take the memory that saving ``state`` needs now, so that the first save costs no more.
-
-        Optimizers have no state before their first step: call it after that, or the rest comes
-            later.
-        """
-        with self._turns.take():
-            self._turns.check()
-            self._saves.raise_unseen()
-            self._saves.await_current()
-            self._pipeline.prewarm(state)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no save is in flight, at most ``timeout`` seconds; return whether that is so.
-
-        Raises:
-            SaveError, CommitError: of a save that failed and that nobody has seen.
-        """
-        with self._turns.take():
-            self._turns.check()
-            ended = self._saves.await_current(timeout)
-            self._saves.raise_unseen()
-            return ended
-
-    def close(self) -> None:
-        """Finish the save in flight, end all threads, give everything back. Idempotent.
-
-        Raises:
-            SaveError, CommitError: of a save that failed and that nobody has seen.
-        """
-        self._close()
 
     # -- restoring ----------------------------------------------------------------------------
 
@@ -336,7 +283,7 @@ class Checkpointer:
             path = self._run.find(step)
             if step is None and not self.steps():
                 return None
-            self._saves.note_uncertain()
+            self._saves.note_uncertain(self._run.put)
             self._has_begun = False
             self._cadence.restart()
             return restore_from(
@@ -405,11 +352,6 @@ class Checkpointer:
         """Whether a signal has arrived and the state is safe on disk: leave the training loop."""
         return self._should_stop
 
-    @property
-    def stats(self) -> Stats:
-        """Sums over all saves so far."""
-        return self._saves.stats
-
     # -- inside -------------------------------------------------------------------------------
 
     def _is_idle(self, step: Any) -> bool:
@@ -424,20 +366,30 @@ class Checkpointer:
             and not self._turns.is_parents
         )
 
-    def _close(self, *, seen: bool = True) -> None:
-        if self._turns.is_parents:
-            return  # a forked child's copy has nothing
-        with self._turns.take():
-            if not self._turns.closed:
-                if self._signals.arrived and not self._should_stop:
-                    _log.warning("a signal arrived after the last step; nothing was saved for it")
-                # all of it may be done again, by who closes again after an interrupt
-                self._signals.close()
-                self._pipeline.close()
-                self._run.close()
-                self._finalizer.detach()
-                self._turns.closed = True
-            self._saves.raise_unseen(seen=seen)
+    def _begin(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None,
+        metadata: Any,
+        *,
+        wait: bool = False,
+    ) -> SaveHandle | None:
+        """Begin a save of the run; None if one is in flight, and this one is skipped."""
+        began = time.perf_counter()
+        numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
+        if not self._saves.is_free(wait=wait):
+            return None
+        self._saves.note_uncertain(self._run.put)
+        target = self._run.next(step, numbers, plain)
+        return self._saves.begin(state, target, began)
+
+    def _give_back(self) -> None:
+        if self._signals.arrived and not self._should_stop:
+            _log.warning("a signal arrived after the last step; nothing was saved for it")
+        self._signals.close()
+        super()._give_back()
+        self._run.close()
 
 
 def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:

@@ -7,11 +7,11 @@ the run itself has given up, and two runs are never mixed.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from ..errors import (
 from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.manifest import CHECKPOINT_FILE, CheckpointRecord
 from ..format.notes import parse_step
+from ..pipeline.save import Target
 from ..reading.history import History, read_history
 from ..reading.newest import Position, forget_loaded, loaded
 from ..storage.filesystem import FileSystem
@@ -36,14 +37,6 @@ _log = logging.getLogger("asyncsave")
 
 Existing = Literal["refuse", "set_aside"]
 Step = int | Literal["best"]
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What a save may do: its place in the run, and whether it takes another one's name."""
-
-    lineage: Lineage
-    replaces: bool
 
 
 class RunDirectory:
@@ -182,8 +175,8 @@ class RunDirectory:
                 "back, restore(state, step=…); to begin anew, use another directory"
             )
 
-    def next(self, step: int) -> Turn:
-        """Return how a checkpoint of ``step`` is to be saved, which goes on from the last one.
+    def next(self, step: int, metrics: dict[str, float | None], metadata: object) -> Target:
+        """Return what a save of ``step`` is to become, which goes on from the last one.
 
         Raises:
             CheckpointExistsError: there is one that must stay; or as `check`.
@@ -205,7 +198,16 @@ class RunDirectory:
             self._check_replaced(step, now)
         lineage = now.next(max(self._top, now.serial))
         self._top = lineage.serial
-        return Turn(lineage, replaces)
+        self._warn_of_metrics(step, metrics)
+        return Target(
+            path=step_path(self.path, step),
+            step=step,
+            lineage=lineage,
+            replace=replaces,
+            metrics=metrics,
+            metadata=metadata,
+            then=functools.partial(self.committed, step, lineage),
+        )
 
     def _begin(self, step: int, history: History) -> None:
         """Find out what the first save goes on from, in a directory that has checkpoints."""
@@ -298,6 +300,11 @@ class RunDirectory:
         if gone:
             _log.info("pruned %s: step %s", self.path, _few(sorted(gone)))
 
+    def put(self, target: Target) -> None:
+        """Note that a checkpoint was put in place, though it is not known to be durable."""
+        assert target.step is not None
+        self.go_on_from(target.step, target.lineage)
+
     def go_on_from(self, step: int, lineage: Lineage) -> None:
         """Note that a checkpoint was put in place, from which the next one goes on."""
         with self._mutex:
@@ -305,7 +312,7 @@ class RunDirectory:
         self._position, self._restored = Position(step, lineage), None
         forget_loaded(self.path)
 
-    def warn_of_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def _warn_of_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Log a warning of metrics that are not finite, or that ``keep_best`` lacks."""
         for each, value in metrics.items():
             if value is None:

@@ -1,9 +1,9 @@
-"""State trees: any nest of containers and leaves, taken apart and put together again.
+"""Flatten: any nest of containers and leaves, taken apart.
 
-`flatten` turns a live state into records (nodes.py) and a list of leaves with bulk: tensors,
-arrays, long bytes. `unflatten` builds a new state. Fqns join keys with dots. They name things for
-people and for ``keys=``; the tree, not the fqn, is what identifies a leaf, so keys that contain
-dots lose nothing. Pure: no threads, no files, no clock.
+`flatten` turns a live state into records (format/tree.py) and a list of leaves with bulk: tensors,
+arrays, long bytes; format/build.py puts them together again. Fqns join keys with dots. They name
+things for people and for ``keys=``; the tree, not the fqn, is what identifies a leaf, so keys that
+contain dots lose nothing. Pure: no threads, no files, no clock.
 """
 
 from __future__ import annotations

@@ -49,8 +49,14 @@ class TorchValues:
         return torch_dtype(name, "a value of the checkpoint")
 
     def device(self, name: str) -> torch.device:
-        """Return the device of that name; RuntimeError where torch knows none."""
-        return torch.device(name)
+        """Return the device of that name; UnsupportedVersionError where torch knows none."""
+        try:
+            return torch.device(name)
+        except RuntimeError as cause:
+            raise UnsupportedVersionError(
+                f"the checkpoint names the device {name}, which this torch does not know: install "
+                "or import what knows it"
+            ) from cause
 
 
 TORCH = TorchValues()

@@ -1,4 +1,4 @@
-"""Tune: which compression suits this state, these cores and this disk. Measured, not guessed.
+"""Measure: which compression suits this state, these cores and this disk. Measured, not guessed.
 
     state or checkpoint ──▶ sample ──┬──▶ all encoders at once        ──▶ bytes per second, sizes
                                      └──▶ real saves, level by level  ──▶ seconds to durable

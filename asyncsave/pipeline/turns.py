@@ -1,4 +1,4 @@
-"""Turns: one thread after the other uses a Checkpointer, and none waits for itself."""
+"""Turns: one thread after the other uses a Saver or a Checkpointer, and none waits for itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ class Turns:
 
     Args:
         in_callback: whether the caller is what a turn would wait for.
+        what: what it is a turn of, for errors.
     """
 
-    def __init__(self, in_callback: Callable[[], bool]) -> None:
+    def __init__(self, in_callback: Callable[[], bool], what: str) -> None:
         self.closed = False
+        self._what = what
         self._in_callback = in_callback
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -38,20 +40,20 @@ class Turns:
             BusyError: the caller has a turn already, or is waited for by whoever has it.
         """
         if self.is_parents:  # before the lock, which a thread of the parent may have held
-            raise ClosedError("this Checkpointer belongs to the parent process; make one here")
+            raise ClosedError(f"this {self._what} belongs to the parent process; make one here")
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise BusyError(
-                "this Checkpointer is at work in this thread already, and was interrupted (by a "
+                f"this {self._what} is at work in this thread already, and was interrupted (by a "
                 "signal's handler?) or calls back; set a flag there, which the training looks at"
             )
         if self._in_callback():
             raise BusyError(
-                "a done callback cannot use its Checkpointer, whose saves wait for the callback to "
-                "return; hand over to a thread of your own"
+                f"a done callback cannot use its {self._what}, whose saves wait for the callback "
+                "to return; hand over to a thread of your own"
             )
         return self._lock
 
     def check(self) -> None:
         """Raise ClosedError if it was closed before the turn came."""
         if self.closed:
-            raise ClosedError("this Checkpointer is closed; make a new one")
+            raise ClosedError(f"this {self._what} is closed; make a new one")

@@ -1,42 +1,44 @@
-"""Saves: those of one run, begun one after the other, waited for, and their errors told."""
+"""Saves: begun one after the other, waited for, and their errors told, once each."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ..errors import BusyError, CommitError, ConfigError, SaveError
-from ..format.notes import encode_plain, parse_metrics
-from ..pipeline.handle import SaveHandle, raise_unseen, warn_unseen
-from ..pipeline.pipeline import Pipeline
-from ..pipeline.save import Target
 from ..report import Stats
-from ..storage.steps import step_path
-from .directory import RunDirectory
+from .handle import SaveHandle, raise_unseen, warn_unseen
+from .pipeline import Pipeline
+from .save import Target
 
 OnBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]
 
 
+def check_policies(on_busy: str, on_error: str) -> None:
+    """Raise ConfigError for what `Saves` does not know."""
+    if on_busy not in ("wait", "skip", "error"):
+        raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
+    if on_error not in ("raise", "warn"):
+        raise ConfigError(f"on_error={on_error!r} must be 'raise' or 'warn'")
+
+
 class Saves:
-    """Begins a run's saves, and keeps their handles until their errors were seen, once each.
+    """Begins a pipeline's saves, and keeps their handles until their errors were seen.
 
     Called by one thread at a time; but `stats` are counted in the thread that ends a save.
 
-    Raises:
-        ConfigError: an argument cannot be.
+    Args:
+        on_busy: what `is_free` does while a save is in flight.
+        on_error: what `tell_unseen` does.
     """
 
-    def __init__(self, run: RunDirectory, on_busy: OnBusy, on_error: OnError) -> None:
-        if on_busy not in ("wait", "skip", "error"):
-            raise ConfigError(f"on_busy={on_busy!r} must be 'wait', 'skip' or 'error'")
-        if on_error not in ("raise", "warn"):
-            raise ConfigError(f"on_error={on_error!r} must be 'raise' or 'warn'")
+    def __init__(
+        self, pipeline: Pipeline, on_busy: OnBusy = "wait", on_error: OnError = "raise"
+    ) -> None:
         self.stats = Stats()
-        self.pipeline: Pipeline | None = None
-        self._run = run
+        self._pipeline = pipeline
         self._on_busy, self._on_error = on_busy, on_error
         self._handles: list[SaveHandle] = []
         self._begun: tuple[SaveHandle, Target] | None = None
@@ -46,28 +48,20 @@ class Saves:
         """Whether a save has ended since the last look."""
         return bool(self._handles) and any(handle.done() for handle in self._handles)
 
-    def begin(
-        self,
-        step: int,
-        state: Any,
-        metrics: Mapping[str, float] | None,
-        metadata: Any,
-        *,
-        wait: bool = False,
-    ) -> SaveHandle | None:
-        """Begin a save; return None if one is in flight and ``on_busy`` says to skip this one.
+    def is_free(self, *, wait: bool = False) -> bool:
+        """Whether a save may begin now: wait for the one in flight, or skip, as ``on_busy`` says.
 
         Args:
             wait: for the one in flight, whatever ``on_busy`` says.
+
+        Raises:
+            BusyError: ``on_busy`` is "error", and one is in flight.
         """
-        assert self.pipeline is not None
-        began = time.perf_counter()
-        numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
-        current = self.pipeline.current
+        current = self._pipeline.current
         if current is not None and not current.done():
             if self._on_busy == "skip" and not wait:
                 self.stats.skipped += 1
-                return None
+                return False
             if self._on_busy == "error" and not wait:
                 raise BusyError(
                     f"the save of step {current.step} is still being written; wait(), save less "
@@ -76,10 +70,21 @@ class Saves:
             self.await_current()
         if current is not None and current._error is not None and current not in self._handles:
             self._handles.append(current)  # one that was interrupted before it could be kept
-        self.note_uncertain()
-        target = self._target(step, numbers, plain)
+        return True
+
+    def begin(self, state: Any, target: Target, began: float | None = None) -> SaveHandle:
+        """Begin a save; none is in flight.
+
+        Args:
+            began: when its caller was called (``time.perf_counter``); None: now.
+
+        Raises:
+            StateError, ConfigError, SaveError: nothing was begun.
+        """
         try:
-            handle = self.pipeline.save(state, target, began)
+            handle = self._pipeline.save(
+                state, target, time.perf_counter() if began is None else began
+            )
         except SaveError:
             self.stats.failures += 1
             raise
@@ -89,30 +94,15 @@ class Saves:
         handle.add_done_callback(lambda ended: stats.add(ended._peek()))
         return handle
 
-    def _target(self, step: int, metrics: dict[str, float | None], metadata: object) -> Target:
-        turn = self._run.next(step)
-        self._run.warn_of_metrics(step, metrics)
-        return Target(
-            path=step_path(self._run.path, step),
-            step=step,
-            lineage=turn.lineage,
-            replace=turn.replaces,
-            metrics=metrics,
-            metadata=metadata,
-            then=functools.partial(self._run.committed, step, turn.lineage),
-        )
-
-    def note_uncertain(self) -> None:
-        """A checkpoint that was put in place, if not known to be durable, is the last one, too."""
+    def note_uncertain(self, note: Callable[[Target], None]) -> None:
+        """Tell ``note`` what the last save has put in place, if it is not known to be durable."""
         if self._begun is not None and isinstance(self._begun[0]._error, CommitError):
-            step = self._begun[0].step
-            assert step is not None
-            self._run.go_on_from(step, self._begun[1].lineage)
+            note(self._begun[1])
         self._begun = None
 
     def await_current(self, timeout: float | None = None) -> bool:
         """Wait until no save is in flight, at most ``timeout`` seconds; return whether it is so."""
-        current = None if self.pipeline is None else self.pipeline.current
+        current = self._pipeline.current
         return current is None or current._wait_ended(timeout)
 
     def raise_unseen(self, *, but: SaveHandle | None = None, seen: bool = True) -> None:
@@ -136,7 +126,7 @@ class Saves:
         self._handles = handles if but is None else [*handles, but]
 
     def _others(self, but: SaveHandle | None) -> tuple[list[SaveHandle], SaveHandle | None]:
-        current = None if self.pipeline is None else self.pipeline.current
+        current = self._pipeline.current
         return [each for each in self._handles if each is not but], (
             None if current is but else current
         )
