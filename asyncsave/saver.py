@@ -7,10 +7,7 @@ background is the pipeline's.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-import warnings
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +83,7 @@ class Saver(Session):
                 durable=durable,
                 stall_warning_seconds=stall_warning_seconds,
             )
-            self._finalizer = weakref.finalize(self, _abandoned, os.getpid(), self._pipeline)
-            self._finalizer.atexit = False  # at exit, handle.py finishes what is open
+            self._finish_if_dropped("a Saver")
         except BaseException:  # an interrupt may come at any point of it
             if hasattr(self, "_pipeline"):
                 self._pipeline.close()
@@ -133,7 +129,6 @@ class Saver(Session):
             numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
             where = local_path(path)
             _check_name(where, number)
-            self._saves.raise_unseen()
             self._saves.await_current()
             self._saves.raise_unseen()
             lineage = _prepare(self._filesystem, where, overwrite=overwrite)
@@ -182,18 +177,6 @@ def save(
         pipeline.close()
         raise
     return handle
-
-
-def _abandoned(pid: int, pipeline: Pipeline) -> None:
-    """End what belonged to a Saver that was garbage-collected, in whatever thread."""
-    if pid != os.getpid():
-        return
-    pipeline.end()
-    warnings.warn(
-        "a Saver was dropped without close(); use it in a with statement",
-        ResourceWarning,
-        stacklevel=2,
-    )
 
 
 def _check_name(target: Path, step: int | None) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> int:
             {"name": name, "seconds": each.median, "min": each.min, "max": each.max}
             for name, each in spreads.items()
         ],
-        "bars": [{"bar": b.bar, "measured": b.measured, "met": b.met} for b in bars],
+        "bars": [asdict(bar) for bar in bars],
     }
     if options.json is not None:
         write_json(options.json, results)

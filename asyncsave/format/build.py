@@ -35,7 +35,8 @@ def unflatten(tree: Node, bulk: Callable[[int], Any], values: Values) -> Any:
         values: makes sizes, dtypes and devices.
 
     Raises:
-        FormatError: a record says something that cannot be, such as a device with no such name.
+        FormatError: a record says something that cannot be.
+        LoadError: ``values`` cannot make something, or makes the same of two keys of a dict.
     """
     try:
         return _build(tree, bulk, values)

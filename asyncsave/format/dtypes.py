@@ -72,5 +72,7 @@ DTYPES: dict[str, Dtype] = {
 }
 """By name, without ``torch.``."""
 
-BY_NUMPY_NAME = {"<" + each.numpy: name for name, each in DTYPES.items() if each.numpy}
-"""torch's name of the dtype whose elements NumPy has, too, by ``dtype.str``."""
+BY_NUMPY_NAME = {
+    "<" + each.numpy: name for name, each in DTYPES.items() if each.numpy and each.nbytes > 1
+}
+"""torch's name of the dtype whose elements of several bytes NumPy has, too, by ``dtype.str``."""

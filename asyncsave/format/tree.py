@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Union
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Union
 
 import msgspec
 import numpy as np
@@ -149,36 +150,23 @@ Node = Union[  # noqa: UP007 - a forward reference, resolved by msgspec
 ]
 
 
-class Values(Protocol):
-    """Makes those plain values of which torch has types of its own."""
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What makes those plain values of which torch has types of its own.
 
-    def size(self, dims: Sequence[int]) -> Any:
-        """Return a tensor's lengths."""
+    Attributes:
+        size: makes a tensor's lengths.
+        dtype: makes a dtype of its name without ``torch.``.
+        device: makes a device of its name, as in ``cuda:0``.
+    """
 
-    def dtype(self, name: str) -> Any:
-        """Return a dtype, by its name without ``torch.``."""
-
-    def device(self, name: str) -> Any:
-        """Return a device, by its name, as in ``cuda:0``."""
-
-
-class Names:
-    """Values without torch: equal where torch's are, and of use as keys."""
-
-    def size(self, dims: Sequence[int]) -> tuple[int, ...]:
-        """Return a tuple."""
-        return tuple(dims)
-
-    def dtype(self, name: str) -> DtypeNode:
-        """Return the record."""
-        return DtypeNode(name)
-
-    def device(self, name: str) -> DeviceNode:
-        """Return the record."""
-        return DeviceNode(name)
+    size: Callable[[list[int]], Any]
+    dtype: Callable[[str], Any]
+    device: Callable[[str], Any]
 
 
-NAMES = Names()
+NAMES = Values(size=tuple, dtype=DtypeNode, device=DeviceNode)
+"""Without torch, equal where torch's are: to check records, also as keys."""
 
 
 def plain(node: Node, values: Values = NAMES) -> Any:

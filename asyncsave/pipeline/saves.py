@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,9 +33,7 @@ class Saves:
         on_error: what `tell_unseen` does.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, on_busy: OnBusy = "wait", on_error: OnError = "raise"
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, on_busy: OnBusy, on_error: OnError) -> None:
         self.stats = Stats()
         self._pipeline = pipeline
         self._on_busy, self._on_error = on_busy, on_error
@@ -72,19 +69,17 @@ class Saves:
             self._handles.append(current)  # one that was interrupted before it could be kept
         return True
 
-    def begin(self, state: Any, target: Target, began: float | None = None) -> SaveHandle:
+    def begin(self, state: Any, target: Target, began: float) -> SaveHandle:
         """Begin a save; none is in flight.
 
         Args:
-            began: when its caller was called (``time.perf_counter``); None: now.
+            began: when its caller was called (``time.perf_counter``).
 
         Raises:
             StateError, ConfigError, SaveError: nothing was begun.
         """
         try:
-            handle = self._pipeline.save(
-                state, target, time.perf_counter() if began is None else began
-            )
+            handle = self._pipeline.save(state, target, began)
         except SaveError:
             self.stats.failures += 1
             raise

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,6 +57,24 @@ class Session:
         )
         self._saves = Saves(self._pipeline, on_busy, on_error)
         self._turns = Turns(self._pipeline.in_callback, type(self).__name__)
+
+    def _finish_if_dropped(
+        self,
+        what: str,
+        first: Callable[[], None] = lambda: None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See to it that the end comes, with a warning, should this object be garbage-collected.
+
+        Args:
+            what: what it is, for the warning.
+            first: called then.
+            then: called in the background once the save in flight has ended.
+        """
+        self._finalizer = weakref.finalize(
+            self, _dropped, os.getpid(), self._pipeline, what, first, then
+        )
+        self._finalizer.atexit = False  # at exit, handle.py finishes what is open
 
     def __enter__(self) -> Self:
         return self
@@ -125,3 +146,21 @@ class Session:
     def _give_back(self) -> None:
         """Finish the save in flight, and end all that this object has."""
         self._pipeline.close()
+
+
+def _dropped(
+    pid: int, pipeline: Pipeline, what: str, first: Callable[[], None], then: Callable[[], None]
+) -> None:
+    """End what belonged to an object that was garbage-collected.
+
+    That may happen in any thread, even in one of the pipeline's, so nobody waits for it.
+    """
+    if pid != os.getpid():
+        return
+    first()
+    pipeline.end(then)
+    warnings.warn(
+        f"{what} was dropped without close(); use it in a with statement",
+        ResourceWarning,
+        stacklevel=2,
+    )

@@ -15,33 +15,18 @@ import numpy as np
 from ..errors import ConfigError, LoadError
 from ..format.build import IMPOSSIBLE, unflatten
 from ..format.dtypes import DTYPES
-from ..format.manifest import TensorRecord, extent_bytes, item_bytes
+from ..format.manifest import TensorRecord, extent_bytes
 from ..format.names import refuse_unused
 from ..format.select import select
-from ..format.tree import Node, bulk_indices, numpy_dtype
+from ..format.tree import Node, Values, bulk_indices, numpy_dtype
 from ..pages import Bytes
 from ..storage.filesystem import FileSystem
 from .checkpoint import Checkpoint, Run
+from .groups import grouped
 from .newest import first_sound
 
-
-class NumpyValues:
-    """Makes the plain values that are torch's own without it: tuples, and names as torch's."""
-
-    def size(self, dims: Sequence[int]) -> tuple[int, ...]:
-        """Return a tuple."""
-        return tuple(dims)
-
-    def dtype(self, name: str) -> str:
-        """Return the name as in ``torch.float32``."""
-        return f"torch.{name}"
-
-    def device(self, name: str) -> str:
-        """Return the name as in ``cuda:0``."""
-        return name
-
-
-_VALUES = NumpyValues()
+_VALUES = Values(size=tuple, dtype="torch.{}".format, device=str)
+"""For what is torch's own: tuples, and names as torch's."""
 
 
 def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | None) -> Any:
@@ -71,45 +56,20 @@ def _read(checkpoint: Checkpoint, indices: Sequence[int]) -> dict[int, Any]:
     """Return leaves, by index."""
     tensors = checkpoint.rank.tensors
     dtypes = {i: _dtype(tensors[i]) for i in indices}  # refused before a byte is read
-    spans = [(tensors[i].shards[0].start, extent_bytes(tensors[i]), i) for i in indices]
-    runs: list[Run] = []
-    memories: list[tuple[int, Bytes, list[int]]] = []
-    start = stop = 0
-    members: list[int] = []
-
-    def finish() -> None:
-        if members:
-            pad = _pad(start, [tensors[i] for i in members])
-            memory = _memory(pad + stop - start)
-            memories.append((start - pad, memory, members))
-            runs.append(Run(start, stop - start, memory[pad:]))
-
-    for first, nbytes, i in sorted(span for span in spans if span[1]):
-        if first >= stop:
-            finish()
-            start, stop, members = first, first, []
-        stop = max(stop, first + nbytes)
-        members.append(i)
-    finish()
-    checkpoint.read(runs)
-    bulk = {i: _value(_memory(0), 0, tensors[i], dtypes[i]) for _, nbytes, i in spans if not nbytes}
-    for base, memory, indices_there in memories:
-        for i in indices_there:
-            bulk[i] = _value(memory, tensors[i].shards[0].start - base, tensors[i], dtypes[i])
+    groups = grouped(tensors, indices)
+    memories = [_memory(group.pad + group.stop - group.start) for group in groups]
+    checkpoint.read(
+        [
+            Run(group.start, group.stop - group.start, memory[group.pad :])
+            for group, memory in zip(groups, memories, strict=True)
+        ]
+    )
+    bulk = {}
+    for group, memory in zip(groups, memories, strict=True):
+        for i in group.members:
+            offset = group.pad + tensors[i].shards[0].start - group.start
+            bulk[i] = _value(memory, offset, tensors[i], dtypes[i])
     return bulk
-
-
-def _pad(start: int, records: Sequence[TensorRecord]) -> int:
-    """Return where in new memory the address ``start`` must be, for all arrays to be aligned.
-
-    What was tied was aligned when it was saved, so there is such an offset, see FORMAT.md; in a
-    file that somebody made up there may be none, and arrays can do without.
-    """
-    items = [(record.shards[0].start - start, item_bytes(record)) for record in records]
-    for pad in range(16):
-        if all((pad + offset) % min(width, 16) == 0 for offset, width in items):
-            return pad
-    return 0
 
 
 def _memory(nbytes: int) -> Bytes:

@@ -8,19 +8,20 @@ values, a device, another dtype) at memory on the way there, from which `put` co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import FormatError, LoadError
-from ..format.manifest import TensorRecord, extent_bytes, item_bytes
+from ..errors import LoadError
+from ..format.manifest import TensorRecord, extent_bytes
 from ..format.tree import numpy_dtype
 from ..pages import Bytes
 from ..reading.checkpoint import Run
+from ..reading.groups import Group, grouped
 from ..state.tensors import INTEGERS, byte_alias
-from ..state.values import torch_dtype
+from ..state.values import TORCH_DTYPES, torch_dtype
 from .live import Bulk, Fill, extent
 
 
@@ -36,10 +37,10 @@ class NewLeaves:
 
     def __init__(self, tensors: Sequence[TensorRecord], indices: Sequence[int]) -> None:
         for record in (tensors[i] for i in indices):
-            if record.kind == "torch":
+            if record.kind == "torch" and record.dtype not in TORCH_DTYPES:
                 torch_dtype(record.dtype, repr(record.name))  # refused before a byte is read
         self._tensors = tensors
-        self._blocks = _together(tensors, _blocks(tensors, indices))
+        self._blocks = _together(tensors, [Block(each) for each in grouped(tensors, indices)])
         self.runs: list[Run] = []
         with torch.inference_mode(False):  # else what is loaded could never be trained
             for block in self._blocks:
@@ -66,24 +67,6 @@ class NewLeaves:
                         block.memory = host
                     made[i] = block.value(self._tensors[i])
         return made
-
-
-def _blocks(tensors: Sequence[TensorRecord], indices: Iterable[int]) -> list[Block]:
-    """Return the blocks that leaves are in: those that overlap are in one."""
-    blocks: list[Block] = []
-    spans = [(tensors[i].shards[0].start, extent_bytes(tensors[i]), i) for i in indices]
-    for start, nbytes, i in sorted(span for span in spans if span[1]):
-        if not blocks or start >= blocks[-1].stop:
-            blocks.append(Block(start, start + nbytes))
-        blocks[-1].stop = max(blocks[-1].stop, start + nbytes)
-        blocks[-1].members.append(i)
-    for _, nbytes, i in spans:
-        if not nbytes:
-            blocks.append(Block(0, 0))
-            blocks[-1].members.append(i)
-    for block in blocks:
-        block.align(tensors)
-    return blocks
 
 
 _SMALL_BYTES = 4 << 10
@@ -119,26 +102,13 @@ class Block:
 
     __slots__ = ("_bytes", "_pad", "apart", "members", "memory", "start", "stop")
 
-    def __init__(self, start: int, stop: int) -> None:
-        self.start = start
-        self.stop = stop
-        self.members: list[int] = []
+    def __init__(self, group: Group) -> None:
+        self.start, self.stop = group.start, group.stop
+        self.members = list(group.members)
         self.memory = _NOTHING
         self.apart = False
-        self._pad = 0
+        self._pad = group.pad
         self._bytes: dict[int, bytes] | None = None
-
-    def align(self, tensors: Sequence[TensorRecord]) -> None:
-        """Find where in its memory it must begin, for every member to be aligned."""
-        if len(self.members) == 1:
-            return
-        items = [(tensors[i].shards[0].start, item_bytes(tensors[i])) for i in self.members]
-        items = [(start, width) for start, width in items if width <= 16]
-        for pad in range(16):
-            if all((start - self.start + pad) % width == 0 for start, width in items):
-                self._pad = pad
-                return
-        raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
 
     def array(self) -> Bytes:
         """Take the memory."""
@@ -192,7 +162,7 @@ def _memory(nbytes: int) -> torch.Tensor:
 
 
 def _tensor(memory: torch.Tensor, offset: int, record: TensorRecord) -> torch.Tensor:
-    dtype: torch.dtype = torch_dtype(record.dtype, repr(record.name))
+    dtype: torch.dtype = TORCH_DTYPES[record.dtype]
     if 0 in record.shape:
         tensor = torch.empty(record.shape, dtype=dtype, device=memory.device)
     else:
@@ -233,7 +203,7 @@ def fill_runs(tensors: Sequence[TensorRecord], fills: Sequence[Fill]) -> list[Ru
         else:
             runs.append(Run(record.shards[0].start, memory.nbytes, memory))
     # what overlaps is read once: a hundred columns of one tensor would be a hundred of it
-    for block in _blocks(tensors, detours):
+    for block in map(Block, grouped(tensors, detours)):
         members = [fill for i in block.members for fill in detours[i]]
         runs.append(_detour(tensors, block, members))
     return runs
@@ -286,7 +256,7 @@ def _small_runs(
 
 def _small_run(start: int, fills: list[Fill]) -> Run:
     live: list[Any] = [fill.into for fill in fills]
-    block = Block(start, start + sum(into.nbytes for into in live))
+    block = Block(Group(start, start + sum(into.nbytes for into in live), 0, ()))
 
     def finish() -> None:
         pieces = block.memory.view(live[0].dtype).split([into.numel() for into in live])

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import signal
 import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from ..errors import (
 from ..format.notes import encode_plain, parse_metrics, parse_step
 from ..pipeline.budget import MemoryLimit
 from ..pipeline.handle import SaveHandle
-from ..pipeline.pipeline import Pipeline
 from ..pipeline.saves import OnBusy, OnError
 from ..pipeline.session import Session
 from ..pipeline.watchdog import STALL_WARNING_SECONDS
@@ -146,10 +142,9 @@ class Checkpointer(Session):
                 on_error=on_error,
             )
             self._run = RunDirectory(filesystem, self._directory, policy, existing)
-            self._finalizer = weakref.finalize(
-                self, _abandoned, os.getpid(), self._pipeline, self._run, self._signals
+            self._finish_if_dropped(
+                f"the Checkpointer of {self._run.path}", self._signals.close, self._run.close
             )
-            self._finalizer.atexit = False  # at exit, handle.py finishes what is open
         except BaseException:  # an interrupt may come at any point of it
             for name in ("_pipeline", "_run"):
                 if hasattr(self, name):
@@ -390,19 +385,3 @@ class Checkpointer(Session):
         self._signals.close()
         super()._give_back()
         self._run.close()
-
-
-def _abandoned(pid: int, pipeline: Pipeline, run: RunDirectory, signals: StopSignals) -> None:
-    """Close what belonged to a Checkpointer that was garbage-collected.
-
-    That may happen in any thread, even in one of the pipeline's, so nobody waits for it.
-    """
-    if pid != os.getpid():
-        return
-    signals.close()
-    pipeline.end(run.close)
-    warnings.warn(
-        f"the Checkpointer of {run.path} was dropped without close(); use it in a with statement",
-        ResourceWarning,
-        stacklevel=2,
-    )

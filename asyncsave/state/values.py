@@ -6,11 +6,10 @@ files, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ..errors import UnsupportedVersionError
+from ..format.tree import Values
 
 # Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
 TORCH_DTYPES = {
@@ -37,26 +36,19 @@ def torch_dtype(name: str, what: str) -> torch.dtype:
     return TORCH_DTYPES[name]
 
 
-class TorchValues:
-    """Makes the plain values that are torch's own: `format.tree.Values` for torch."""
-
-    def size(self, dims: Sequence[int]) -> torch.Size:
-        """Return a `torch.Size` of these lengths."""
-        return torch.Size(dims)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of that name; UnsupportedVersionError where this torch has none."""
-        return torch_dtype(name, "a value of the checkpoint")
-
-    def device(self, name: str) -> torch.device:
-        """Return the device of that name; UnsupportedVersionError where torch knows none."""
-        try:
-            return torch.device(name)
-        except RuntimeError as cause:
-            raise UnsupportedVersionError(
-                f"the checkpoint names the device {name}, which this torch does not know: install "
-                "or import what knows it"
-            ) from cause
+def _dtype(name: str) -> torch.dtype:
+    return torch_dtype(name, "a value of the checkpoint")
 
 
-TORCH = TorchValues()
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as cause:
+        raise UnsupportedVersionError(
+            f"the checkpoint names the device {name}, which this torch does not know: install "
+            "or import what knows it"
+        ) from cause
+
+
+TORCH = Values(size=torch.Size, dtype=_dtype, device=_device)
+"""Makes the plain values that are torch's own; UnsupportedVersionError for names it has not."""
