@@ -20,7 +20,7 @@ test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
 soak: $(VENV)/ready
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.sweeps.soak
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

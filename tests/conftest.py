@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from . import counts
+from tests import counts
 
 torch.set_num_threads(2)
 

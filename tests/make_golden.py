@@ -4,7 +4,7 @@ Golden files are never made anew: what a released version wrote must stay readab
 the format adds a directory and leaves these alone. Hence this refuses to overwrite anything. It
 also writes what the checkpoints hold in a form that has nothing to do with asyncsave: the JSON that
 `describe` makes of the state before it is saved. At the end it prints the digests, for
-tests/test_format.py.
+tests/rooms/test_format.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ import torch
 import asyncsave
 from asyncsave.format.dtypes import DTYPES
 from asyncsave.state import values
-
-from .support import bits
+from tests.support import bits
 
 GOLDEN = Path(__file__).parent / "golden"
 

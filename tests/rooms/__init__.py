@@ -1,0 +1,1 @@
+"""Rooms: what each folder of asyncsave does, by the names that it gives."""

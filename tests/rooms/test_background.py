@@ -1,0 +1,91 @@
+"""Groups: chunks that are stored as they are go to the disk with their neighbours."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import asyncsave
+from asyncsave.codec.compression import CompressionSetting
+from asyncsave.pipeline.save import Frame
+from asyncsave.pipeline.stages import _runs
+from asyncsave.snapshot.arena import Arena
+from asyncsave.state.plan import Chunk
+from tests.doubles.faultfs import FaultFileSystem, Faults
+
+CHUNK = 64 << 10
+
+
+def writes_of(faults: Faults) -> list[tuple[int, int]]:
+    return [(each.offset, each.length) for each in faults.operations if each.kind == "write"]
+
+
+@pytest.mark.parametrize(
+    ("compression", "memory_limit", "expected"),
+    [
+        ("off", "auto", [4, 4, 4, 4, 3]),  # the last chunk is shorter
+        (1, "auto", [1] * 19),  # encoded chunks are not neighbours
+        ("off", 3 * CHUNK, None),  # with two slots, who copies waits for each
+    ],
+)
+def test_neighbours_are_written_together(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compression: CompressionSetting,
+    memory_limit: int | str,
+    expected: list[int] | None,
+) -> None:
+    faults = Faults()
+    monkeypatch.setattr(
+        "asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(faults)
+    )
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
+    state = {"w": torch.randn(300_000)}
+    with asyncsave.Checkpointer(
+        tmp_path, compression=compression, memory_limit=memory_limit, signals=()
+    ) as ckpt:
+        for step in (1, 2):
+            faults.operations.clear()
+            ckpt.save(step, state, block=True)
+            writes = writes_of(faults)
+            chunks = [-(-length // CHUNK) for _, length in writes]
+            assert sum(chunks) == 19
+            assert max(chunks) <= 4
+            if expected is not None:
+                assert chunks == expected
+            offset = 0
+            for at, length in writes:
+                assert at == offset
+                assert length % 4096 == 0
+                offset += length
+            assert torch.equal(ckpt.load(step=step)["w"], state["w"])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([4096, 4096, 100]), st.integers(0, 7)), max_size=8),
+    st.sets(st.integers(0, 7)),
+)
+def test_runs_lie_end_to_end(wanted: list[tuple[int, int]], other: set[int]) -> None:
+    arenas = Arena(4096, 8), Arena(4096, 8)
+    slots = [[arena.acquire(i) for i in range(8)] for arena in arenas]
+    frames = []
+    for at, (length, index) in enumerate(wanted):
+        arena, slot = arenas[at in other], slots[at in other][index]
+        assert slot is not None
+        chunk = Chunk(at, length, "uint8", False, ())
+        frames.append(Frame(chunk, arena, slot, length, "raw", (length,), "", ""))
+    runs = list(_runs(frames))
+    assert [frame for run in runs for frame in run] == frames
+    for run in runs:
+        view = np.frombuffer(run[0].arena.view(run[0].slot, len(run) * 4096), np.uint8)
+        for i, frame in enumerate(run):
+            assert frame.slot.tensor.data_ptr() == view.ctypes.data + i * 4096
+        assert all(frame.length == 4096 for frame in run[:-1])
+    for one, two in itertools.pairwise(runs):
+        assert not two[0].follows(one[-1])

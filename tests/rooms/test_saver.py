@@ -1,0 +1,238 @@
+"""Saver: any path, warm memory, and the promises of a Checkpointer where they apply."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import asyncsave
+from asyncsave import Saver
+from asyncsave.storage.filesystem import LocalFileSystem
+from tests.doubles.faultfs import FaultFileSystem, Faults
+from tests.support import assert_same
+
+
+def state_of(number: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(number)
+    return {"n": number, "w": torch.randn(300_000, generator=generator), "b": torch.ones(7)}
+
+
+def test_saves_to_any_path_and_loads_again(tmp_path: Path) -> None:
+    with Saver(compression=1) as saver:
+        for number in range(5):
+            handle = saver.save(
+                state_of(number), tmp_path / "deep" / f"epoch {number}", metadata={"n": number}
+            )
+        report = handle.result()
+    assert report.path == tmp_path / "deep" / "epoch 4"
+    for number in range(5):
+        path = tmp_path / "deep" / f"epoch {number}"
+        assert_same(asyncsave.load(path), state_of(number))
+        assert json.loads((path / "checkpoint.json").read_text())["metadata"] == {"n": number}
+        asyncsave.verify(path)
+
+
+def test_step_and_metrics_are_stored(tmp_path: Path) -> None:
+    with Saver() as saver:
+        saver.save(state_of(1), tmp_path / "a", step=7, metrics={"loss": 0.5}).result()
+    [info] = asyncsave.checkpoints(tmp_path / "a")
+    assert (info.step, info.metrics) == (7, {"loss": 0.5})
+    into = state_of(2)
+    assert asyncsave.restore(tmp_path / "a", into) == 7
+    assert_same(into, state_of(1))
+
+
+def test_a_second_save_takes_no_memory_and_no_thread(tmp_path: Path) -> None:
+    with Saver(compression=1) as saver:
+        first = saver.save(state_of(1), tmp_path / "a").result()
+        threads = {thread.ident for thread in threading.enumerate()}
+        arenas = [id(arena) for arena in saver._pipeline._memory.arenas]
+        for number in range(2, 6):
+            report = saver.save(state_of(number), tmp_path / f"{number}").result()
+            assert report.peak_memory_bytes == first.peak_memory_bytes
+            assert {thread.ident for thread in threading.enumerate()} == threads
+            assert [id(arena) for arena in saver._pipeline._memory.arenas] == arenas
+
+
+def test_prewarm_takes_the_memory(tmp_path: Path) -> None:
+    with Saver(compression=0) as saver:
+        saver.prewarm(state_of(0))
+        taken = sum(arena.nbytes for arena in saver._pipeline._memory.arenas)
+        assert taken >= 1_200_000
+        saver.save(state_of(1), tmp_path / "a").result()
+        assert sum(arena.nbytes for arena in saver._pipeline._memory.arenas) == taken
+    assert_same(asyncsave.load(tmp_path / "a"), state_of(1))
+
+
+def test_what_is_there_is_not_replaced_but_on_demand(tmp_path: Path) -> None:
+    with Saver() as saver:
+        saver.save(state_of(1), tmp_path / "a")
+        with pytest.raises(asyncsave.CheckpointExistsError, match="overwrite=True"):
+            saver.save(state_of(2), tmp_path / "a")  # though the first is still being written
+        saver.save(state_of(3), tmp_path / "a", overwrite=True).result()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "file").write_text("precious")
+        with pytest.raises(asyncsave.CheckpointExistsError, match="not a checkpoint"):
+            saver.save(state_of(2), tmp_path / "mine", overwrite=True)
+    assert_same(asyncsave.load(tmp_path / "a"), state_of(3))
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
+def test_names_of_steps_are_guarded(tmp_path: Path) -> None:
+    with asyncsave.Checkpointer(tmp_path / "run") as run:
+        run.save(1, state_of(1), block=True)
+    with Saver() as saver:
+        with pytest.raises(asyncsave.ConfigError, match="Checkpointer alone"):
+            saver.save(state_of(2), tmp_path / "run" / "step-000000002")
+        with pytest.raises(asyncsave.ConfigError, match="name of step 5"):
+            saver.save(state_of(2), tmp_path / "step-000000005", step=4)
+        with pytest.raises(asyncsave.ConfigError, match="looks like the name of step 5"):
+            saver.save(state_of(2), tmp_path / "step-0000000005")
+        saver.save(state_of(2), tmp_path / "step-000000005", step=5)
+
+
+class SlowFileSystem(LocalFileSystem):
+    """Making directories takes time."""
+
+    def make_directories(self, path: Path) -> None:
+        time.sleep(0.1)
+        super().make_directories(path)
+
+
+def test_a_save_is_timed_from_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", SlowFileSystem)
+    assert asyncsave.save(state_of(1), tmp_path / "a").result().blocked_seconds >= 0.1
+    with Saver() as saver:
+        assert saver.save(state_of(1), tmp_path / "b").result().blocked_seconds >= 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"step": -1},
+        {"step": "7"},
+        {"metrics": {"loss": "low"}},
+        {"metadata": {1: 2}},
+        {"path": 7},
+        {"path": "s3://bucket/a"},
+        {"state": {"f": print}},
+    ],
+)
+def test_a_mistake_is_said_at_once_and_leaves_nothing(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    with Saver() as saver:
+        with pytest.raises((asyncsave.ConfigError, asyncsave.StateError)):
+            saver.save(**{"state": state_of(1), "path": tmp_path / "a", **arguments})
+        assert list(tmp_path.iterdir()) == []
+        saver.save(state_of(2), tmp_path / "b").result()
+    assert_same(asyncsave.load(tmp_path / "b"), state_of(2))
+
+
+def test_an_error_in_the_background_is_raised_once_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(3, 28)
+    faults.on = False
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
+    with Saver() as saver:
+        saver.save(state_of(1), tmp_path / "a").result()
+        faults.operations.clear()
+        faults.on = True
+        handle = saver.save(state_of(2), tmp_path / "b")
+        assert handle._wait_ended(30)
+        faults.on = False
+        with pytest.raises(asyncsave.DiskFullError):
+            saver.save(state_of(3), tmp_path / "c")
+        saver.save(state_of(3), tmp_path / "c")  # nothing was begun, so it can be called again
+        assert saver.wait()
+        assert (saver.stats.saves, saver.stats.failures) == (2, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+    assert_same(asyncsave.load(tmp_path / "c"), state_of(3))
+
+
+def test_the_error_of_the_last_save_is_raised_by_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(3, 28, lasting=True)
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
+    saver = Saver()
+    saver.save(state_of(1), tmp_path / "a")
+    with pytest.raises(asyncsave.DiskFullError):
+        saver.close()
+    saver.close()
+    with pytest.raises(asyncsave.ClosedError, match="Saver is closed"):
+        saver.save(state_of(1), tmp_path / "b")
+
+
+def test_in_with_the_users_own_exception_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = Faults(3, 28, lasting=True)
+    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
+
+    def work() -> None:
+        with Saver() as saver:
+            saver.save(state_of(1), tmp_path / "a")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        work()
+    assert any("a save had failed as well" in note for note in caught.value.__notes__)
+    assert "a save failed" in caplog.text
+
+
+def test_one_that_is_dropped_finishes_its_save_and_warns(tmp_path: Path) -> None:
+    savers = [Saver()]
+    handle = savers[0].save(state_of(1), tmp_path / "a")
+    dead = weakref.ref(savers[0])
+    with pytest.warns(ResourceWarning, match="Saver was dropped"):
+        savers.clear()
+    assert dead() is None
+    handle.result()
+    assert_same(asyncsave.load(tmp_path / "a"), state_of(1))
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+    with Saver(memory_limit="16MB") as saver:
+
+        def work(number: int) -> None:
+            try:
+                for i in range(5):
+                    saver.save(state_of(number), tmp_path / f"{number}-{i}")
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    for number in range(4):
+        for i in range(5):
+            assert_same(asyncsave.load(tmp_path / f"{number}-{i}"), state_of(number))
+
+
+def test_a_done_callback_must_not_use_it(tmp_path: Path) -> None:
+    refused: list[BaseException] = []
+    with Saver() as saver:
+
+        def again(_: Any) -> None:
+            try:
+                saver.save(state_of(2), tmp_path / "b")
+            except asyncsave.BusyError as error:
+                refused.append(error)
+
+        saver.save(state_of(1), tmp_path / "a").add_done_callback(again)
+        saver.wait()
+    assert len(refused) == 1
+    assert "its Saver" in str(refused[0])

@@ -1,0 +1,1 @@
+"""Scripts: what a stranger runs, from bench/ and examples/."""

@@ -1,0 +1,399 @@
+"""Interrupts: Ctrl-C, and handlers that raise, at every point of whatever the training calls.
+
+A signal's handler runs in the main thread between two instructions: when a function is entered, or
+after a call has returned. The sweeps raise there, at each such point in turn: at every entry of a
+function, ours or another's (``call``), and after every call into C (``c_return``). After each they
+save, load and close: nothing may hang, and no slot, error, checkpoint, thread or lock may be lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import asyncsave
+import asyncsave.pipeline.handle
+from asyncsave import Checkpointer
+from asyncsave.pipeline.save import Target
+from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.storage.steps import list_steps
+from tests import counts
+from tests.doubles.fake_device import FakeDevice, make_pipeline
+from tests.support import assert_same, eventually
+
+pytestmark = [
+    # the interpreter swallows what is raised in __del__ and while it closes a dropped generator
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+CHUNK = 64 << 10
+STATE = {"w": torch.arange(70_000.0), "b": torch.arange(9), "n": 1, "list": [torch.ones(3)]}
+OTHER = {"w": torch.arange(70_000.0) + 1, "b": torch.arange(9), "n": 2, "list": [torch.ones(3)]}
+
+
+class Point:
+    """One point of time of what is called in the main thread: its n-th event of these kinds.
+
+    Args:
+        how: raises there.
+    """
+
+    def __init__(self, n: int, kinds: set[str], how: Callable[[], None]) -> None:
+        self.n, self.kinds, self.how = n, kinds, how
+        self.seen = 0
+        self.stop: BaseException | None = None
+        self.where = ""
+
+    def __call__(self, frame: FrameType, kind: str, arg: Any) -> None:
+        if kind not in self.kinds or arg is os.open:  # its descriptor is a bare number, lost there
+            return
+        self.seen += 1
+        if self.seen == self.n:
+            code = frame.f_code
+            self.where = f"{kind} {self.n}: {code.co_filename}:{frame.f_lineno} {code.co_name}"
+            if arg is not None:
+                self.where += f" after {arg!r}"
+            sys.setprofile(None)
+            self.how()
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Make the call, and swallow the interrupt."""
+        sys.setprofile(self)
+        try:
+            call()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self.stop = stop
+        finally:
+            sys.setprofile(None)
+
+    def told(self) -> bool:
+        """Whether who reads the interrupt's traceback reads of the failed save as well."""
+        error = self.stop
+        while error is not None and not isinstance(error, asyncsave.SaveError):
+            error = error.__context__
+        return error is not None
+
+
+class Failing(LocalFileSystem):
+    """Commits fail while ``broken``."""
+
+    broken = False
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+        if self.broken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write_file(path, data, sync=sync)
+
+
+def by_raising() -> None:
+    raise KeyboardInterrupt
+
+
+def by_a_handler() -> None:
+    """SystemExit, as a handler of SIGTERM raises it that calls ``sys.exit``."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", Failing)
+    before = signal.signal(signal.SIGUSR1, leave)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def make(directory: Path, **options: Any) -> Checkpointer:
+    return Checkpointer(directory, **{"durable": False, "compression": "off", **options})
+
+
+def fail_a_save(ckpt: Checkpointer) -> None:
+    """Let a save fail in the background, unseen."""
+    assert isinstance(ckpt._filesystem, Failing)
+    ckpt._filesystem.broken = True
+    handle = ckpt.save(7, OTHER)
+    assert handle is not None
+    assert eventually(handle.done)
+    ckpt._filesystem.broken = False
+
+
+def waiting(ckpt: Checkpointer) -> None:
+    ckpt.save(2, STATE)
+    ckpt.wait()
+
+
+def closing(ckpt: Checkpointer) -> None:
+    ckpt.save(2, STATE)
+    ckpt.close()
+
+
+def leaving(ckpt: Checkpointer) -> None:
+    with ckpt:
+        ckpt.save(2, STATE)
+
+
+# what is interrupted: options, what comes before it, the call itself
+CALLS: dict[str, tuple[dict[str, Any], Callable[[Checkpointer], Any], Callable[..., Any]]] = {
+    "the first save": ({}, lambda _: None, lambda ckpt: ckpt.save(2, STATE)),
+    "a save": ({}, lambda ckpt: ckpt.save(1, OTHER, block=True), lambda ckpt: ckpt.save(2, STATE)),
+    "a save after one": ({}, lambda ckpt: ckpt.save(1, OTHER), lambda ckpt: ckpt.save(2, STATE)),
+    "a save, encoded, in waves": (
+        {"compression": 1, "memory_limit": 1 << 21},
+        lambda ckpt: ckpt.save(1, OTHER, block=True),
+        lambda ckpt: ckpt.save(2, STATE),
+    ),
+    "a save in waves": (
+        {"memory_limit": 3 * CHUNK},
+        lambda ckpt: ckpt.save(1, OTHER, block=True),
+        lambda ckpt: ckpt.save(2, STATE),
+    ),
+    "a blocking save": ({}, lambda _: None, lambda ckpt: ckpt.save(2, STATE, block=True)),
+    "step": ({"every_steps": 2, "keep_last": 2}, lambda _: None, lambda c: c.step(2, STATE)),
+    "prewarm": ({}, lambda _: None, lambda ckpt: ckpt.prewarm(STATE)),
+    "wait": ({}, lambda _: None, waiting),
+    "close": ({}, lambda _: None, closing),
+    "with": ({}, lambda _: None, leaving),
+    "save after a failure": ({}, fail_a_save, lambda ckpt: ckpt.save(2, STATE)),
+    "wait after a failure": ({}, fail_a_save, lambda ckpt: ckpt.wait()),
+    "close after a failure": ({}, fail_a_save, lambda ckpt: ckpt.close()),
+}
+FAST = {name: 23 if "after a" not in name else 11 for name in CALLS}
+
+
+def nothing_left(directory: Path) -> None:
+    """Assert that nobody holds the directory, and that nothing half-written is in it."""
+    assert not asyncsave.pipeline.handle._unseen, "an error that will be told at exit"
+    grad = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert grad
+    assert not torch.is_inference_mode_enabled()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with make(directory):
+        assert not list(directory.glob(".*")), "swept"
+
+
+def threads() -> list[str]:
+    return [each.name for each in threading.enumerate() if "asyncsave" in each.name]
+
+
+def survives(directory: Path, name: str, point: Point) -> bool:
+    """Interrupt one call at one point; return whether there was such a point."""
+    options, before, call = CALLS[name]
+    ckpt = make(directory, **options)
+    before(ckpt)
+    failed, told = "failure" in name, False
+    try:
+        point.run(lambda: call(ckpt))
+    except asyncsave.SaveError:
+        told = True
+    told = told or point.told()
+    try:
+        if failed and not told:
+            with pytest.raises(asyncsave.DiskFullError):
+                ckpt.wait() if not ckpt._turns.closed else ckpt.close()
+        if not ckpt._pipeline._background.over:
+            assert ckpt.wait()
+            ckpt.save(3, OTHER, block=True)
+            assert_same(ckpt.load(step=3), OTHER)
+            for arena in ckpt._pipeline._memory.arenas:
+                assert arena.free == arena.count, "a slot is lost"
+    finally:
+        ckpt.close()
+    handle = ckpt._pipeline.current
+    assert handle is None or handle.done()
+    assert threads() == []
+    for step in list_steps(LocalFileSystem(), directory):
+        assert_same(asyncsave.load(directory / f"step-{step:09}"), STATE if step == 2 else OTHER)
+    if not failed and call not in (waiting, closing, leaving) and point.stop is None:
+        assert name == "prewarm" or (directory / "step-000000002").exists()
+    nothing_left(directory)
+    return point.where != ""
+
+
+def sweep(
+    directory: Path, each: Callable[[Path, Point], bool], stride: int, kinds: set[str]
+) -> None:
+    """Try every ``stride``-th point of a call until it ends before the point comes."""
+    for n in itertools.count(1, stride):
+        how = by_raising if n // stride % 2 else by_a_handler
+        point = Point(n, kinds, how)
+        try:
+            there = each(directory / str(n), point)
+        except BaseException as error:
+            error.add_note(f"interrupted by {how.__name__} at {point.where}")
+            raise
+        if not there:
+            assert n > 1
+            return
+        counts.add("interrupts")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_interrupted(tmp_path: Path, name: str) -> None:
+    sweep(tmp_path, lambda path, point: survives(path, name, point), FAST[name], {"call"})
+
+
+def constructs(directory: Path, point: Point) -> bool:
+    made: list[Checkpointer] = []
+    point.run(lambda: made.append(make(directory)))
+    for each in made:
+        each.close()
+    assert eventually(lambda: threads() == [])
+    nothing_left(directory)
+    return point.where != ""
+
+
+def test_the_constructor_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, constructs, 5, {"call"})
+
+
+def saves_once(directory: Path, point: Point) -> bool:
+    point.run(lambda: asyncsave.save(STATE, directory / "x"))
+    assert eventually(lambda: threads() == [])
+    if point.stop is None or (directory / "x").exists():
+        assert_same(asyncsave.load(directory / "x"), STATE)
+    asyncsave.save(OTHER, directory / "x", overwrite=True).result(20)
+    assert eventually(lambda: threads() == [])
+    assert_same(asyncsave.load(directory / "x"), OTHER)
+    assert [each.name for each in directory.iterdir()] == ["x"]
+    nothing_left(directory)
+    return point.where != ""
+
+
+def test_a_single_save_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, saves_once, 17, {"call"})
+
+
+def stages_late(directory: Path, point: Point) -> bool:
+    """A save from a device, whose copies end at the fence."""
+    device = FakeDevice()
+    pipeline = make_pipeline(device)
+    model = torch.nn.Linear(300, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    directory.mkdir()
+    point.run(lambda: pipeline.save(state, Target(directory / "a"), 0.0))
+    device.finish()
+    if pipeline.current is not None:
+        assert pipeline.current._wait_ended(20)
+    pipeline.save(state, Target(directory / "b"), 0.0)
+    model(torch.ones(300)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    pipeline.close()
+    assert torch.equal(asyncsave.load(directory / "b")["model"]["weight"], before)
+    assert not asyncsave.pipeline.handle._unseen
+    return point.where != ""
+
+
+def test_a_save_with_late_copies_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, stages_late, 23, {"call"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["call", "c_return"])
+@pytest.mark.parametrize("name", [*CALLS, "constructor", "a single save", "late copies"])
+def test_every_point_is_interrupted(tmp_path: Path, name: str, kind: str) -> None:
+    others = {"constructor": constructs, "a single save": saves_once, "late copies": stages_late}
+    each = others.get(name, lambda path, point: survives(path, name, point))
+    sweep(tmp_path, each, 1, {kind})
+
+
+# -- real signals -----------------------------------------------------------------------------
+
+
+def test_a_hundred_real_interrupts_at_random_moments(tmp_path: Path) -> None:
+    """SIGINT from another thread while this one saves, waits and steps; nothing is lost of it."""
+    random = Random(0)
+    with make(tmp_path, every_steps=1, keep_last=3) as ckpt:
+        step = hits = 0
+        while hits < 100:
+            state = {"w": torch.full((70_000,), float(step))}
+            timer = threading.Timer(random.uniform(0, 0.012), interrupt)
+            try:
+                timer.start()
+                for _ in range(40):
+                    step += 1
+                    state["w"].fill_(step)
+                    ckpt.step(step, state)
+                    if step % 3 == 0:
+                        ckpt.wait()
+                time.sleep(1)
+            except KeyboardInterrupt:
+                hits += 1
+            timer.join()
+            step += 1
+            state["w"].fill_(step)
+            ckpt.save(step, state, block=True)
+            loaded = ckpt.load()
+            assert torch.equal(loaded["w"], state["w"])
+            for arena in ckpt._pipeline._memory.arenas:
+                assert arena.free == arena.count
+        counts.add("interrupts", hits)
+        for each in ckpt.steps():
+            assert torch.equal(ckpt.load(step=each)["w"], torch.full((70_000,), float(each)))
+    assert threads() == []
+    nothing_left(tmp_path)
+
+
+def interrupt() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+# -- who is inside already -----------------------------------------------------------------------
+
+USES: dict[str, Callable[[Checkpointer], object]] = {
+    "save": lambda ckpt: ckpt.save(5, STATE),
+    "step": lambda ckpt: ckpt.step(5, STATE),
+    "wait": lambda ckpt: ckpt.wait(),
+    "restore": lambda ckpt: ckpt.restore({}),
+    "load": lambda ckpt: ckpt.load(),
+    "prewarm": lambda ckpt: ckpt.prewarm(STATE),
+    "close": lambda ckpt: ckpt.close(),
+    "with": lambda ckpt: ckpt.__exit__(None, None, None),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_handler_that_comes_during_a_save_is_refused(tmp_path: Path, use: str) -> None:
+    refused: list[asyncsave.BusyError] = []
+
+    class Model:
+        def state_dict(self) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return {"w": STATE["w"]}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with pytest.raises(asyncsave.BusyError, match="at work in this thread") as caught:
+            USES[use](ckpt)
+        refused.append(caught.value)
+        asyncsave.save(STATE, tmp_path / "elsewhere", overwrite=True).result(20)  # is another's
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    with make(tmp_path / "run", every_steps=1) as ckpt:
+        ckpt.save(1, {"model": Model()}, block=True)
+        assert len(refused) == 1
+        assert_same(ckpt.load(), {"model": {"w": STATE["w"]}})
+        USES[use](ckpt)
+    signal.signal(signal.SIGUSR1, before)
+    assert_same(asyncsave.load(tmp_path / "elsewhere"), STATE)
