@@ -32,38 +32,27 @@ tensors of its layers and their AdamW state.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import gc
-import os
-import random
 import resource
-import shutil
+import statistics
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
-from rich.console import Console
+from harness import MEDIANS, Bar, Bench, Column, Results, Size, spread, table
 from rich.table import Table
-from torch.distributed.checkpoint.state_dict_saver import async_save
-from training import Training
-
-import asyncsave
+from training import State, Training
+from ways import DCP, LEVEL_1, OFF, Pending, Way, settle, ways
 
 UNIT = 20_000  # about a millisecond
-ALONE_SECONDS = 1.0
-REPETITIONS = 7
-LAYERS, WIDTH = 12, 768  # 85 M parameters: 1.02 GB with AdamW's state
+NOTHING = "nothing"
 BAR_PERCENT = 90.0
-NOTHING, DCP = "nothing", "dcp.async_save"
-
-Wait = Callable[[], bool]
 
 
 def count(units: int) -> None:
@@ -73,52 +62,27 @@ def count(units: int) -> None:
         i += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One save, and the loop beside it. ``units`` is how many times the loop ran to UNIT."""
-
-    percent: float
-    lost_seconds: float
-    longest_ms: float
-    save_seconds: float
-    other_cpu_seconds: float
-    waits: int
-    units: int
-
-
 @dataclass(slots=True)
-class Way:
-    """A way of saving: ``save(number)`` returns what tells whether it is done."""
+class Sleep(Way):
+    """Lets time pass."""
 
-    name: str
-    save: Callable[[int], Wait]
-    turns: list[Turn] = field(default_factory=list)
+    seconds: float = 0.0
 
-
-# -- the ways of saving -----------------------------------------------------------------------
-
-
-def save_nothing(seconds: float) -> Wait:
-    """Let time pass."""
-    until = time.perf_counter() + seconds
-    return lambda: time.perf_counter() >= until
+    def save(self, state: State) -> Pending:
+        future: Future[None] = Future()
+        threading.Timer(self.seconds, future.set_result, [None]).start()
+        return future
 
 
-def save_dcp(state: dict[str, Any], path: Path) -> Wait:
-    """``torch.distributed.checkpoint.async_save`` with its defaults, for a single process."""
-    future = async_save(state, checkpoint_id=path)
-    assert isinstance(future, Future)
-    return future.done
-
-
-def save_with(checkpointer: asyncsave.Checkpointer, number: int, state: dict[str, Any]) -> Wait:
-    """A `Checkpointer` that lives as long as the run."""
-    handle = checkpointer.save(number, state)
-    assert handle is not None
-    return handle.done
-
-
-# -- measuring --------------------------------------------------------------------------------
+FIGURES = {
+    "percent": ("speed %", 1),
+    "lost_seconds": ("lost s", 3),
+    "longest_ms": ("longest ms", 1),
+    "save_seconds": ("save s", 2),
+    "other_cpu_seconds": ("CPU s", 2),
+    "waits": ("waits", 0),
+}
+"""What a turn measures, its column, and digits there."""
 
 
 def run_units(over: Callable[[], bool]) -> list[float]:
@@ -133,181 +97,100 @@ def run_units(over: Callable[[], bool]) -> list[float]:
     return seconds
 
 
-def voluntary_waits() -> int:
-    """Return how often this thread has gone to sleep: it does so for the GIL alone."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-
-
 def alone(seconds: float) -> list[float]:
     """Run the loop while nothing else does."""
     until = time.perf_counter() + seconds
     return run_units(lambda: time.perf_counter() >= until)
 
 
-def measure(way: Way, number: int, seconds: float) -> Turn:
-    """Take one turn."""
+def voluntary_waits() -> int:
+    """Return how often this thread has gone to sleep: it does so for the GIL alone."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def measure(way: Way, state: State, seconds: float) -> dict[str, float]:
+    """Take one turn, with the loop alone for ``seconds`` before and after; return its `FIGURES`."""
     gc.collect()
     before = alone(seconds)
-    done = way.save(number)
+    state.steps += 1
+    pending = way.save(state)
     cpu, waits = time.process_time() - time.thread_time(), voluntary_waits()
-    during = run_units(done)
+    during = run_units(pending.done)
     cpu, waits = time.process_time() - time.thread_time() - cpu, voluntary_waits() - waits
     after = alone(seconds)
-    plain = Spread.of(before + after).median
+    pending.result()
     speed_alone = (len(before) / sum(before) + len(after) / sum(after)) / 2
-    return Turn(
-        percent=100 * len(during) / sum(during) / speed_alone,
-        lost_seconds=sum(during) - len(during) / speed_alone,
-        longest_ms=(max(during) - plain) * 1e3,
-        save_seconds=sum(during),
-        other_cpu_seconds=cpu,
-        waits=waits,
-        units=len(during),
-    )
-
-
-def settle(directory: Path) -> None:
-    """Delete what was saved, and leave no dirty pages to the next turn."""
-    for path in directory.iterdir():
-        shutil.rmtree(path)
-    os.sync()
-
-
-def run(options: argparse.Namespace, directory: Path, log: Console) -> tuple[list[Way], int]:
-    """Measure all; return the ways and the bytes of the state."""
-    training = Training(options.layers, options.width, 1, batch=1, context=16)
-    for _ in range(2):
-        training.step()
-    torch.set_num_threads(1)
-    state, order = training.state, random.Random(0)
-    folders = [directory / name for name in ("dcp", "off", "level1")]
-    for folder in folders:
-        folder.mkdir()
-    with (
-        asyncsave.Checkpointer(folders[1], compression="off", signals=()) as off,
-        asyncsave.Checkpointer(folders[2], compression=1, signals=()) as level1,
-    ):
-        ways = [
-            Way(NOTHING, lambda _: save_nothing(options.seconds)),
-            Way(DCP, lambda number: save_dcp(state, folders[0] / str(number))),
-            Way("asyncsave, off", lambda number: save_with(off, number, state)),
-            Way("asyncsave, level 1", lambda number: save_with(level1, number, state)),
-        ]
-        for round_ in range(options.repetitions + 1):
-            for way in order.sample(ways, len(ways)):
-                turn = measure(way, round_, options.seconds if round_ else 0.01)
-                log.print(f"{round_}/{options.repetitions} {way.name}: {turn.percent:.0f} %")
-                if round_:
-                    way.turns.append(turn)
-                for folder in folders:
-                    settle(folder)
-    return ways, training.state_bytes
-
-
-# -- results ----------------------------------------------------------------------------------
-
-
-def summarize(way: Way) -> dict[str, Any]:
-    """Return medians with spread, and every turn."""
-    names = ("percent", "lost_seconds", "longest_ms", "save_seconds", "other_cpu_seconds", "waits")
     return {
-        "way": way.name,
-        **{name: asdict(Spread.of(getattr(turn, name) for turn in way.turns)) for name in names},
-        "turns": [asdict(turn) for turn in way.turns],
+        "percent": 100 * len(during) / sum(during) / speed_alone,
+        "lost_seconds": sum(during) - len(during) / speed_alone,
+        "longest_ms": (max(during) - statistics.median(before + after)) * 1e3,
+        "save_seconds": sum(during),
+        "other_cpu_seconds": cpu,
+        "waits": waits,
+        "units": len(during),  # how often the loop ran to UNIT
     }
 
 
-def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
-    """Return what should be, and what is."""
-    return [
-        Bar(
-            f"{row['way']}: at least {BAR_PERCENT:.0f} % of its speed alone",
-            f"{row['percent']['median']:.1f} %",
-            row["percent"]["median"] >= BAR_PERCENT,
-        )
-        for row in rows
-        if row["way"].startswith("asyncsave")
-    ]
-
-
-def show(results: dict[str, Any], console: Console) -> None:
-    """Print the table."""
-    table = Table(
-        title="A pure-Python loop in the training thread while a save runs",
-        caption=(
-            f"{results['state_bytes'] / 1e9:.2f} GB of state, {results['settings']['repetitions']} "
-            f"saves each\n{where(results)}\nmedian, and smallest … largest"
-        ),
-    )
-    table.add_column("")
-    for name in ("speed %", "lost s", "longest ms", "save s", "CPU s", "waits"):
-        table.add_column(name, justify="right")
-    for row in results["rows"]:
-        table.add_row(
-            row["way"],
-            Spread(**row["percent"]).show(1),
-            Spread(**row["lost_seconds"]).show(3),
-            Spread(**row["longest_ms"]).show(1),
-            Spread(**row["save_seconds"]).show(2),
-            Spread(**row["other_cpu_seconds"]).show(2),
-            Spread(**row["waits"]).show(0),
-        )
-    console.print(table)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return the options; those of the training are what bench/stall.py calls them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, help=f"default: {LAYERS}")
-    parser.add_argument("--width", type=int, help=f"default: {WIDTH}")
-    parser.add_argument("--repetitions", type=int, help=f"of each way; default: {REPETITIONS}")
-    parser.add_argument("--seconds", type=float, help=f"alone; default: {ALONE_SECONDS}")
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
-    parser.add_argument("--json", type=Path, help="default: bench/results/gil.json; quick: none")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")
-    options = parser.parse_args(arguments)
-    quick = options.quick
-    options.layers = options.layers or (2 if quick else LAYERS)
-    options.width = options.width or (64 if quick else WIDTH)
-    options.repetitions = options.repetitions or (2 if quick else REPETITIONS)
-    options.seconds = options.seconds or (0.05 if quick else ALONE_SECONDS)
-    if options.json is None and not quick:
-        options.json = RESULTS / "gil.json"
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    """Measure, print, write."""
-    options = parse(arguments)
-    console, log = start(120)
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=".gil-", dir=options.directory) as name:
-        directory = Path(name).resolve()
-        about = provenance("cpu", directory)
-        ways, state_bytes = run(options, directory, log)
-    rows = [summarize(way) for way in ways]
-    bars = bars_of(rows)
-    results = {
-        "benchmark": "gil",
-        "question": "How much does a pure-Python loop in the training thread slow beside a save?",
-        **about,
-        "settings": {
-            key: value for key, value in vars(options).items() if key not in ("json", "directory")
-        },
-        "unit": UNIT,
-        "switch_interval_seconds": sys.getswitchinterval(),
-        "state_bytes": state_bytes,
-        "run_seconds": time.perf_counter() - began,
-        "rows": rows,
-        "bars": [asdict(bar) for bar in bars],
+class Gil(Bench):
+    name = "gil"
+    question = "How much does a pure-Python loop in the training thread slow beside a save?"
+    sizes: ClassVar = {
+        "layers": Size(12, quick=1),
+        "width": Size(768, quick=64),  # 85 M parameters: 1.02 GB with AdamW's state
+        "repetitions": Size(7, quick=2, help="of each way"),
+        "seconds": Size(1.0, quick=0.05, help="alone"),
     }
-    if options.json is not None:
-        write_json(options.json, results)
-    show(results, console)
-    show_bars(bars, console)
-    log.print(f"{results['run_seconds']:.0f} s in all")
-    return 0
+
+    def measure(self) -> Results:
+        options = self.options
+        training = Training(options.layers, options.width, 1, batch=1, context=16)
+        for _ in range(2):
+            training.step()
+        torch.set_num_threads(1)
+        nothing = Sleep(NOTHING, directory=self.directory / NOTHING, seconds=options.seconds)
+        every = [nothing, *ways(self.directory, names=(DCP, OFF, LEVEL_1))]
+        turns: dict[str, list[dict[str, float]]] = {way.name: [] for way in every}
+        with contextlib.ExitStack() as stack:
+            for way in every:
+                stack.enter_context(contextlib.closing(way))
+                way.open(training)
+            for round_, way in self.turns(every, options.repetitions, first=0):
+                turn = measure(way, training, options.seconds if round_ else 0.01)
+                self.say(f"{round_}/{options.repetitions} {way.name}: {turn['percent']:.0f} %")
+                if round_:
+                    turns[way.name].append(turn)
+                settle(way)
+        rows = []
+        for name, found in turns.items():
+            spreads = {figure: spread(turn[figure] for turn in found) for figure in FIGURES}
+            rows.append({"way": name, **spreads, "turns": found})
+        return {
+            "unit": UNIT,
+            "switch_interval_seconds": sys.getswitchinterval(),
+            "state_bytes": training.state_bytes,
+            "rows": rows,
+        }
+
+    def bars(self, results: Results) -> list[Bar]:
+        return [
+            Bar.of(
+                f"{row['way']}: % of its speed alone",
+                row["percent"]["median"],
+                BAR_PERCENT,
+                at_least=True,
+            )
+            for row in results["rows"]
+            if row["way"] in (OFF, LEVEL_1)
+        ]
+
+    def tables(self, results: Results) -> Iterator[Table]:
+        columns: dict[str, Column] = {"": "way"}
+        columns |= {name: (figure, digits) for figure, (name, digits) in FIGURES.items()}
+        saves = f"{results['settings']['repetitions']} saves each"
+        note = f"{results['state_bytes'] / 1e9:.2f} GB of state, {saves}\n{MEDIANS}"
+        title = "A pure-Python loop in the training thread while a save runs"
+        yield table(results, title, columns, note)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(Gil().main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The pictures that bench/stall.py draws of its results.
+"""The pictures that bench/stall.py and bench/codec.py draw of their results.
 
 matplotlib is optional, and imported when one is drawn.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peers import DCP, LEVEL_1, OFF
+from ways import DCP, LEVEL_1, OFF
 
 BLOCKED, SLOWED, STEP = "#c0392b", "#e8a29a", "#b8c4d0"
 
@@ -84,6 +84,45 @@ def draw_timeline(results: dict[str, Any], path: Path) -> None:
     )
     panel.set_title("One checkpoint beside the training")
     figure.savefig(path, dpi=110)
+
+
+def draw_codings(results: dict[str, Any], path: Path) -> None:
+    """Draw ratio against encode speed for every coding, one panel for each kind in fp32."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if row["dtype"] == "fp32"]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds))
+    for kind, panel in zip(kinds, panels, strict=True):
+        _draw_kind([row for row in rows if row["kind"] == kind], panel)
+        panel.set(xscale="log", xlabel="encode, GB/s, one thread", title=f"{kind}, fp32")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ratio")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_kind(rows: list[dict[str, Any]], panel: Any) -> None:
+    ours = [row for row in rows if row["coding"].removeprefix("asyncsave, level ").isdigit()]
+    # of other bytes, so of other ratios: a line of their own
+    for sampled, style in ((False, ".-"), (True, ".:")):
+        line = [row for row in ours if row["sampled"] is sampled]
+        panel.plot(
+            [row["encode"]["median"] for row in line],
+            [row["ratio"] for row in line],
+            style,
+            color="tab:blue",
+            label="asyncsave, by level" + (", of a sample" if sampled else ""),
+        )
+    for row in ours:
+        level = row["coding"].rpartition(" ")[2]
+        if level in ("1", "4", "6", "9", "12", "15", "19", "22"):
+            place = (row["encode"]["median"], row["ratio"])
+            panel.annotate(level, place, (3, 4), textcoords="offset points", color="tab:blue")
+    for row, marker in zip([row for row in rows if row not in ours], "sD^vPX", strict=False):
+        place = (row["encode"]["median"], row["ratio"])
+        panel.plot(*place, marker, label=row["coding"], markersize=7)
 
 
 def _typical(results: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -11,17 +11,13 @@ cell is the median, and under it the smallest and the largest value.
 
 from __future__ import annotations
 
-import argparse
-import os
-import random
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from typing import ClassVar
 
-from common import RESULTS, Bar, Spread, provenance, show_bars, start, where, write_json
+from harness import MEDIANS, Bar, Bench, Column, Results, Size, cell, spread, table
 from rich.table import Table
 
 import asyncsave
@@ -45,53 +41,42 @@ def seconds(arguments: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="default: bench/results/start.json; quick: none")
-    parser.add_argument("--quick", action="store_true", help="one round; writes no file by itself")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rounds = 1
-    elif options.json is None:
-        options.json = RESULTS / "start.json"
-    console, progress = start(90)
-    found: dict[str, list[float]] = {name: [] for name in ROWS}
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "a")
+class Start(Bench):
+    name = "start"
+    question = "How long does it take until asyncsave is there?"
+    sizes: ClassVar = {"rounds": Size(7, quick=1)}
+
+    def measure(self) -> Results:
+        rounds = self.options.rounds
+        found: dict[str, list[float]] = {name: [] for name in ROWS}
+        path = str(self.directory / "a")
         asyncsave.save({"x": b"x" * 10_000, "step": 1}, path).result()
-        for turn in range(options.rounds + (not options.quick)):
-            for name in random.sample(list(ROWS), len(ROWS)):
-                progress.print(f"round {turn}: {name}")
-                took = seconds([part.format(path=path) for part in ROWS[name]])
-                if turn or options.quick:
-                    found[name].append(took)
-    spreads = {name: Spread.of(values) for name, values in found.items()}
-    bars = [
-        Bar.of("import asyncsave, s", spreads["import asyncsave"].median, 0.3),
-        Bar.of("asyncsave --help, s", spreads["asyncsave --help"].median, 0.5),
-    ]
-    results = {
-        "benchmark": "start",
-        "question": "How long does it take until asyncsave is there?",
-        **provenance("cpu", Path(tempfile.gettempdir())),
-        "rounds": options.rounds,
-        "rows": [
-            {"name": name, "seconds": each.median, "min": each.min, "max": each.max}
+        for round_, name in self.turns(list(ROWS), rounds, first=1 if self.options.quick else 0):
+            took = seconds([part.format(path=path) for part in ROWS[name]])
+            self.say(f"{round_}/{rounds} {name}: {took:.2f} s")
+            if round_:
+                found[name].append(took)
+        spreads = {name: spread(values) for name, values in found.items()}
+        rows = [
+            {"name": name, "seconds": each["median"], "min": each["min"], "max": each["max"]}
             for name, each in spreads.items()
-        ],
-        "bars": [asdict(bar) for bar in bars],
-    }
-    if options.json is not None:
-        write_json(options.json, results)
-    table = Table("", "seconds", title="Until it is there", caption=where(results))
-    for name, each in spreads.items():
-        table.add_row(name, each.show())
-    console.print(table)
-    show_bars(bars, console)
-    return 0
+        ]
+        return {"rounds": rounds, "rows": rows}
+
+    def bars(self, results: Results) -> list[Bar]:
+        seconds = {row["name"]: row["seconds"] for row in results["rows"]}
+        return [
+            Bar.of("import asyncsave, s", seconds["import asyncsave"], 0.3),
+            Bar.of("asyncsave --help, s", seconds["asyncsave --help"], 0.5),
+        ]
+
+    def tables(self, results: Results) -> Iterator[Table]:
+        columns: dict[str, Column] = {
+            "": "name",
+            "seconds": lambda row: cell({**row, "median": row["seconds"]}),
+        }
+        yield table(results, "Until it is there", columns, f"{results['rounds']} rounds; {MEDIANS}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(Start().main(sys.argv[1:]))

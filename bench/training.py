@@ -52,13 +52,55 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.tokens(x) + self.positions(at))))  # type: ignore[no-any-return]
 
 
-class Training:
+class State:
+    """What is saved, and what ways of saving want to know of it.
+
+    Attributes:
+        state: what a checkpoint is of: live objects, or dicts of tensors.
+        steps: how far the training is; each save has another.
+        device: where it is.
+        guard: makes the context that an optimizer step is made in; for ways of saving that want
+            one.
+    """
+
+    def __init__(self, state: dict[str, Any], device: str = "cpu") -> None:
+        self.state = state
+        self.steps = 0
+        self.device = torch.device(device)
+        self.guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @property
+    def state_dicts(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            name: each if isinstance(each, dict) else each.state_dict()
+            for name, each in self.state.items()
+        }
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, ties once."""
+        found: list[Any] = []
+        for each in self.state.values():
+            if isinstance(each, nn.Module):
+                found += [*each.parameters(), *each.buffers()]
+            elif isinstance(each, torch.optim.Optimizer):
+                found += [value for state in each.state.values() for value in state.values()]
+            else:
+                found += each.values()
+        return [value for value in found if isinstance(value, Tensor)]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all tensors, ties counted once."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Training(State):
     """Trains on the sources of Python's standard library, in fp32.
 
     Attributes:
-        guard: makes the context that an optimizer step is made in; for ways of saving that want
-            one.
-        guard_seconds: what was waited for it, since somebody set this to 0.
+        guard_seconds: what was waited for the guard, since somebody set this to 0.
     """
 
     def __init__(
@@ -72,41 +114,16 @@ class Training:
         device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
-        self.device = torch.device(device)
         model = Transformer(layers, width, heads, context)
-        self.model = model.to(self.device)
+        self.model = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
-        self.steps = 0
-        self.guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        super().__init__({"model": self.model, "optimizer": self.optimizer}, device)
         self.guard_seconds = 0.0
         self._batch, self._context = batch, context
         self._random = torch.Generator().manual_seed(0)
         sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         text = b"".join(path.read_bytes() for path in sources)
         self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint is of: live objects."""
-        return {"model": self.model, "optimizer": self.optimizer}
-
-    @property
-    def state_dicts(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return {name: each.state_dict() for name, each in self.state.items()}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the state, ties once."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        for state in self.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return tensors
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all tensors, ties counted once."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
     def step(self) -> None:
         """Make one training step. On CUDA, returns before it is done."""
@@ -130,3 +147,20 @@ class Training:
         """Wait until the device has done all steps."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def trained_tensors(nbytes: int, steps: int) -> dict[str, Tensor]:
+    """Return at least ``nbytes`` of fp32 that compress as trained values do, in many sizes.
+
+    They are a small model and its AdamW after some steps, over and over with a little noise.
+    """
+    training = Training(2, 256, 4, batch=2, context=64)
+    for _ in range(steps):
+        training.step()
+    tensors = [tensor.detach().float() for tensor in training.tensors]
+    once = sum(tensor.nbytes for tensor in tensors)
+    return {
+        f"{copy}.{i}": tensor * (1 + 1e-3 * torch.randn_like(tensor))
+        for copy in range(-(-nbytes // once))
+        for i, tensor in enumerate(tensors)
+    }

@@ -1,15 +1,30 @@
-"""The benchmarks run, and what they write can be read. No figure is judged here."""
+"""The benchmarks run, and what they write can be read. No figure is judged here.
 
+They run in this process, one thread each; `save` runs as a script, since it starts processes of
+itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import importlib
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("auto", "codec", "faults", "gil", "many", "memory", "restore", "save", "stall", "start")
 FIGURES = {
     "blocked_seconds",
     "fence_seconds",
@@ -18,39 +33,86 @@ FIGURES = {
     "stored_bytes",
     "extra_memory_bytes",
 }
+MISSING = "safetensors load_file + clone"
+
+Outcome = tuple[dict[str, Any], str]
+"""What a benchmark wrote, and what it printed."""
 
 
-def run(name: str, path: Path, *arguments: str | Path) -> tuple[dict[str, Any], str]:
-    """Run a benchmark on a tiny state; return what it wrote and what it printed."""
-    command = [sys.executable, f"bench/{name}.py", "--quick", "--json", path, *arguments]
-    ran = subprocess.run(
-        command,
-        cwd=ROOT,
-        # one thread: several that wait for each other are slow where others use the cores
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
+class Run(Protocol):
+    def __call__(self, name: str, *arguments: str) -> Outcome: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _resource_tracker() -> None:
+    """Start what lives on in a process that has spawned another: no test leaves it behind."""
+    resource_tracker.ensure_running()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let bench/ be imported, and put back what its scripts set."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # several threads that wait for each other are slow where others use the cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # benchmarks collect garbage before each reading: not what all tests have loaded
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def class_of(name: str) -> Any:
+    """Return a script's benchmark."""
+    module = importlib.import_module(name)
+    return next(
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and getattr(each, "name", None) == name
     )
-    assert ran.returncode == 0, ran.stderr
-    results = json.loads(path.read_text())
+
+
+@pytest.fixture
+def run(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a benchmark on a tiny state; it leaves no checkpoint."""
+
+    def run(name: str, *arguments: str) -> Outcome:
+        path = tmp_path / f"{name}.json"
+        common = ["--quick", "--json", str(path), "--directory", str(tmp_path)]
+        assert class_of(name)().main([*common, *arguments]) == 0
+        return outcome(name, path), capsys.readouterr().out
+
+    return run
+
+
+def outcome(name: str, path: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(path.read_text())
     assert set(results["versions"]) == {"asyncsave", "torch", "python", "system"}
     assert results["hardware"]["cpu"]
     assert results["hardware"]["cores"] >= 1
     assert results["hardware"]["memory_bytes"] > 0
     assert results["filesystem"] != "unknown"
-    assert results["command"][1] == f"bench/{name}.py"
+    assert results["command"][:3] == ["python", f"bench/{name}.py", "--quick"]
     assert "commit" in results
-    return results, ran.stdout
+    assert results["benchmark"] == name
+    assert results["question"]
+    assert results["settings"]["quick"] is True
+    assert results["run_seconds"] > 0
+    for bar in results["bars"]:
+        assert set(bar) == {"bar", "measured", "met"}
+    assert not [each for each in path.parent.iterdir() if each.is_dir()]  # no checkpoint stays
+    return results
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def test_stall(tmp_path: Path) -> None:
+def test_stall(run: Run, tmp_path: Path) -> None:
+    results, printed = run("stall")
     path = tmp_path / "stall.json"
-    results, printed = run("stall", path, "--directory", tmp_path)
     pictures = {tmp_path / "stall.png", tmp_path / "stall-timeline.png"}
     expected = {path} | (pictures if installed("matplotlib") else set())
     assert set(tmp_path.iterdir()) == expected  # no checkpoint stays
@@ -98,22 +160,32 @@ def test_stall(tmp_path: Path) -> None:
     assert "lost, off / the best peer's" in printed
 
 
-def test_stall_where_rows_are_missing(tmp_path: Path) -> None:
-    ways = ["--ways", "copy", "asyncsave, off", "level 1", "asyncsave, auto"]
-    results, printed = run("stall", tmp_path / "stall.json", "--directory", tmp_path, *ways)
+def test_stall_where_rows_are_missing(run: Run) -> None:
+    ways = ["copy", "asyncsave, off", "level 1", "asyncsave, auto"]
+    results, printed = run("stall", "--ways", *ways)
     assert len(results["bars"]) == 3
     judged = {bar["bar"] for bar in results["bars"] if bar["met"] is not None}
     assert judged == {"durable, auto / off ≤ 1.1"}
     assert "not measured" in printed
 
 
-def test_stall_of_what_saves_nothing(tmp_path: Path) -> None:
-    results, _ = run("stall", tmp_path / "stall.json", "--directory", tmp_path, "--ways", "copy")
+def test_stall_of_what_saves_nothing(run: Run) -> None:
+    results, _ = run("stall", "--ways", "copy")
     assert [row["name"] for row in results["rows"]] == ["no saving", "copy into warm memory"]
 
 
-def test_save(tmp_path: Path) -> None:
-    results, printed = run("save", tmp_path / "save.json", "--directory", tmp_path)
+def test_save_as_a_script(tmp_path: Path) -> None:
+    path = tmp_path / "save.json"
+    ran = subprocess.run(
+        [sys.executable, "bench/save.py", "--quick", "--json", path, "--directory", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ran.returncode == 0, ran.stderr
+    results, printed = outcome("save", path), ran.stdout
     assert [row["name"] for row in results["rows"]] == [
         "copy into warm memory",
         "bare O_DIRECT write + fsync",
@@ -131,11 +203,10 @@ def test_save(tmp_path: Path) -> None:
         assert row["first_seconds"]["median"] == turn["blocked"][0]
     assert len(results["bars"]) == 7
     assert "first, off, prewarmed / a later one ≤ 1.5" in printed
-    assert not list(tmp_path.glob(".save-*"))
 
 
-def test_codec(tmp_path: Path) -> None:
-    results, printed = run("codec", tmp_path / "codec.json")
+def test_codec(run: Run, tmp_path: Path) -> None:
+    results, printed = run("codec")
     assert (tmp_path / "codec.png").exists() == installed("matplotlib")
     kinds = {(row["kind"], row["dtype"]) for row in results["rows"]}
     assert len(kinds) == 9
@@ -152,10 +223,8 @@ def test_codec(tmp_path: Path) -> None:
     assert "zstd 3 on raw" in printed
 
 
-def test_memory(tmp_path: Path) -> None:
-    path = tmp_path / "memory.json"
-    results, printed = run("memory", path, "--directory", tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+def test_memory(run: Run) -> None:
+    results, printed = run("memory")
     assert [row["limit_bytes"] for row in results["rows"]] == [8 << 20, 8 << 20, "auto", "auto"]
     for row in results["rows"]:
         assert row["state_bytes"] >= 16 << 20
@@ -166,10 +235,8 @@ def test_memory(tmp_path: Path) -> None:
     assert "peak extra memory" in printed
 
 
-def test_auto(tmp_path: Path) -> None:
-    path = tmp_path / "auto.json"
-    results, printed = run("auto", path, "--directory", tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+def test_auto(run: Run) -> None:
+    results, printed = run("auto")
     places, ways = ["this disk", "this disk, cores busy", "150 MB/s"], {"off", "level 1", "auto"}
     rows = {(row["place"], row["save"], row["way"]): row for row in results["rows"]}
     assert set(rows) == {(p, s, w) for p in places for s in ("first", "second") for w in ways}
@@ -184,23 +251,30 @@ def test_auto(tmp_path: Path) -> None:
     assert "150 MB/s, second save" in printed
 
 
-def test_many(tmp_path: Path) -> None:
-    results, _ = run("many", tmp_path / "many.json")
-    assert results["rows"]
+def test_many(run: Run) -> None:
+    results, printed = run("many")
+    rows = {(row["way"], row["tensors"]): row for row in results["rows"]}
+    ways = ("torch.save + fsync", "dcp.async_save", "asyncsave, off")
+    assert list(rows) == [(way, count) for count in (20, 200) for way in ways]
+    for (way, _), row in rows.items():
+        assert way in printed
+        assert row["saves"] == 2
+        assert row["why"] is None
+        assert row["blocked_us_per_tensor"] > 0
+        assert [sample["done_seconds"] > 0 for sample in row["samples"]] == [True] * 3
+    assert [bar["met"] for bar in results["bars"]] == [None, None]  # they are of 20,000
 
 
-def test_gil(tmp_path: Path) -> None:
-    path = tmp_path / "gil.json"
-    results, printed = run("gil", path, "--directory", tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
+def test_gil(run: Run) -> None:
+    results, printed = run("gil")
     names = [row["way"] for row in results["rows"]]
     assert names == ["nothing", "dcp.async_save", "asyncsave, off", "asyncsave, level 1"]
     assert results["bars"]
     assert "asyncsave, level 1" in printed
 
 
-def test_faults(tmp_path: Path) -> None:
-    results, printed = run("faults", tmp_path / "faults.json")
+def test_faults(run: Run) -> None:
+    results, printed = run("faults")
     rows = {row["way"].partition(".")[0]: row for row in results["rows"]}
     assert set(rows) == {"torch", "dcp", "asyncsave"}
     assert rows["asyncsave"]["flipped_bit"] == "raises IntegrityError"
@@ -209,11 +283,98 @@ def test_faults(tmp_path: Path) -> None:
     assert "IntegrityError" in printed
 
 
-def test_start(tmp_path: Path) -> None:
-    path = tmp_path / "start.json"
-    results, printed = run("start", path)
+def test_start(run: Run) -> None:
+    results, printed = run("start")
     names = [row["name"] for row in results["rows"]]
     assert names[:2] == ["python alone", "import asyncsave"]
     assert all(row["min"] <= row["seconds"] <= row["max"] for row in results["rows"])
     assert all(name in printed for name in names)
     assert len(results["bars"]) == 2
+
+
+def test_restore(run: Run) -> None:
+    results, printed = run("restore")
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == [
+        "torch.load",
+        "torch.load(mmap=True) + clone",
+        MISSING,
+        "asyncsave.load, off",
+        "asyncsave.load, level 1",
+        "torch.load + copy_",
+        "dcp.load",
+        "asyncsave.restore, off",
+        "asyncsave.restore, level 1",
+        "asyncsave.verify, off",
+        "asyncsave.verify, level 1",
+    ]
+    for name, row in rows.items():
+        assert name in printed
+        if row["why"] is not None:
+            assert (name, row["why"]) == (MISSING, "safetensors is not installed")
+            assert row["cold"] is row["warm"] is None
+            continue
+        for temperature in ("cold", "warm"):
+            spread = row[temperature]
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"] < 1000
+            assert len(row["seconds"][temperature]) == results["settings"]["rounds"] == 2
+        assert row["stored_bytes"] > 0.5 * results["state_bytes"]
+    plain, packed = rows["asyncsave.restore, off"], rows["asyncsave.restore, level 1"]
+    assert packed["stored_bytes"] < plain["stored_bytes"]
+    assert [type(bar["met"]) for bar in results["bars"]] == [bool] * 3
+    cold = rows["asyncsave.restore, off"]["cold"]["median"] / rows["torch.load"]["cold"]["median"]
+    assert float(results["bars"][0]["measured"]) == pytest.approx(cold, rel=1e-3)
+    assert results["bars"][0]["met"] is (cold >= 1.2)
+
+
+# -- the road -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_a_command(name: str, bench: None) -> None:
+    source = (ROOT / "bench" / f"{name}.py").read_text()
+    last = ast.unparse(ast.parse(source).body[-1])
+    command = f"sys.exit({class_of(name).__name__}().main(sys.argv[1:]))"
+    assert last == f"if __name__ == '__main__':\n    {command}"
+    assert (
+        name in (ROOT / "Makefile").read_text().partition("BENCHES := ")[2].split("\n")[0].split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], "stall.json"),
+        (["--saves", "2"], "stall.json"),
+        (["--quick"], None),
+        (["--ways", "copy"], None),
+        (["--quick", "--json", "x"], "x"),
+    ],
+)
+def test_less_than_all_overwrites_no_results(
+    arguments: list[str], file: str | None, bench: None
+) -> None:
+    stall = class_of("stall")()
+    stall._parse(arguments)
+    assert (stall.options.json and stall.options.json.name) == file
+
+
+def test_what_was_measured_stays_when_judging_fails(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("no such row")
+
+    monkeypatch.setattr(class_of("many"), "bars", fail)
+    with pytest.raises(TypeError, match="no such row"):
+        run("many")
+    assert json.loads((tmp_path / "many.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("arguments", [["--width", "65"], ["--saves", "0"], ["--steps", "-1"]])
+def test_what_cannot_be_is_refused(
+    arguments: list[str], bench: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        class_of("stall")().main(["--quick", *arguments])
+    assert arguments[0] in capsys.readouterr().err

@@ -1,18 +1,19 @@
-"""Ways of saving a training's state: the peers, each as its documentation advises, and asyncsave.
+"""Ways of saving: the peers, each as its documentation advises, and asyncsave.
 
 A peer that is not installed, or fails, is a row that says so. ``synced`` is what a way has synced
-when it says it is done, read from its source.
+when it says it is done, read from its source. A new way is a subclass of `Way` and a line in
+`ways`; how a state is read back is in loads.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import shutil
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,18 +22,19 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from training import Training
+from training import State
 
 from asyncsave import Checkpointer, SaveHandle
 
 NO_SAVING = "no saving"
 COPY = "copy into warm memory"
 BARE = "bare O_DIRECT write + fsync"
+TORCH = "torch.save + fsync"
 DCP = "dcp.async_save"
+CACHED, PINNED = f"{DCP}, cached stager", f"{DCP}, pinned stager"
 OFF, LEVEL_1, AUTO = "asyncsave, off", "asyncsave, level 1", "asyncsave, auto"
 PREWARMED = "asyncsave, off, prewarmed"
 NO_OVERLAP = "asyncsave, off, overlap=False"
-PINNED = "dcp.async_save, pinned stager"
 
 _WRITE_BYTES = 16 << 20
 
@@ -40,6 +42,7 @@ _WRITE_BYTES = 16 << 20
 class Pending(Protocol):
     """A save in the background: what Future and SaveHandle have in common."""
 
+    def done(self) -> bool: ...
     def result(self) -> Any: ...
     def add_done_callback(self, callback: Callable[[Any], object], /) -> object: ...
 
@@ -56,24 +59,24 @@ class Way:
     """
 
     name: str
-    synced: str
-    directory: Path
+    synced: str = ""
+    directory: Path = Path()
     reference: bool = False
 
-    def open(self, training: Training) -> None:
+    def open(self, state: State) -> None:
         """Make ready, before the first save."""
-        self.directory.mkdir()
+        self.directory.mkdir(exist_ok=True)
 
-    def save(self, training: Training) -> Pending:
+    def save(self, state: State) -> Pending:
         """Save; this call is what is timed as blocked."""
         return _done()
 
     def close(self) -> None:
         """Give everything back."""
 
-    def path(self, training: Training) -> Path:
+    def path(self, state: State) -> Path:
         """Return a path for the checkpoint of this step."""
-        return self.directory / f"checkpoint-{training.steps}"
+        return self.directory / f"checkpoint-{state.steps}"
 
 
 @dataclass(slots=True)
@@ -82,9 +85,9 @@ class Copy(Way):
 
     memory: list[torch.Tensor] = field(default_factory=list, repr=False)
 
-    def save(self, training: Training) -> Pending:
+    def save(self, state: State) -> Pending:
         with torch.no_grad():
-            tensors = training.tensors
+            tensors = state.tensors
             if not self.memory:
                 self.memory = [torch.empty_like(each, device="cpu") for each in tensors]
             for copy, tensor in zip(self.memory, tensors, strict=True):
@@ -98,15 +101,15 @@ class BareWrite(Way):
 
     buffer: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, _WRITE_BYTES), repr=False)
 
-    def open(self, training: Training) -> None:
+    def open(self, state: State) -> None:
         self.directory.mkdir()
         self.buffer[:] = os.urandom(_WRITE_BYTES)
 
-    def save(self, training: Training) -> Pending:
+    def save(self, state: State) -> Pending:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_DIRECT", 0)
-        descriptor = os.open(self.path(training), flags)
+        descriptor = os.open(self.path(state), flags)
         try:
-            for _ in range(-(-training.state_bytes // _WRITE_BYTES)):
+            for _ in range(-(-state.state_bytes // _WRITE_BYTES)):
                 if os.write(descriptor, self.buffer) != _WRITE_BYTES:
                     raise OSError("the disk took less than it was given")
             os.fsync(descriptor)
@@ -118,9 +121,9 @@ class BareWrite(Way):
 class TorchSave(Way):
     """``torch.save``, and then all that is needed for the file to survive a power cut."""
 
-    def save(self, training: Training) -> Pending:
-        path = self.path(training)
-        torch.save(training.state_dicts, path)
+    def save(self, state: State) -> Pending:
+        path = self.path(state)
+        torch.save(state.state_dicts, path)
         for each in (path, self.directory):
             descriptor = os.open(each, os.O_RDONLY)
             try:
@@ -144,24 +147,24 @@ class DistributedCheckpoint(Way):
     staging: StagingOptions | None = None
     stager: DefaultStager | None = field(default=None, repr=False)
 
-    def open(self, training: Training) -> None:
+    def open(self, state: State) -> None:
         self.directory.mkdir()
         if self.staging is not None:
             self.stager = DefaultStager(self.staging)
 
-    def save(self, training: Training) -> Pending:
-        options: dict[str, Any] = {"checkpoint_id": self.path(training)}
+    def save(self, state: State) -> Pending:
+        options: dict[str, Any] = {"checkpoint_id": self.path(state)}
         if self.extension is not None:
             options["storage_writer"] = FileSystemWriter(
-                self.path(training), _extensions=[self.extension()]
+                self.path(state), _extensions=[self.extension()]
             )
         if self.stager is not None:
             options["async_stager"] = self.stager
-        response: Any = async_save(training.state, **options)
+        response: Any = async_save(state.state, **options)
         if isinstance(response, Future):
             return response
         # staged in the background: the optimizer must wait for that
-        training.guard = lambda: _waited(response.staging_completion)
+        state.guard = lambda: _waited(response.staging_completion)
         future: Future[Any] = response.upload_completion
         return future
 
@@ -173,21 +176,13 @@ class DistributedCheckpoint(Way):
 class TorchSnapshot(Way):
     """``torchsnapshot.Snapshot.async_take``."""
 
-    def save(self, training: Training) -> Pending:
+    def save(self, state: State) -> Pending:
         from torchsnapshot import Snapshot
 
-        pending = Snapshot.async_take(str(self.path(training)), training.state)
-        future: Future[None] = Future()
-
-        def wait() -> None:
-            try:
-                pending.wait()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-        threading.Thread(target=wait, name="torchsnapshot-wait").start()
+        pending = Snapshot.async_take(str(self.path(state)), state.state)
+        waiter = ThreadPoolExecutor(1, "torchsnapshot-wait")
+        future: Future[Any] = waiter.submit(pending.wait)
+        waiter.shutdown(wait=False)
         return future
 
 
@@ -201,7 +196,7 @@ class TorchCheckpointing(Way):
 
     manager: Any = field(default=None, repr=False)
 
-    def open(self, training: Training) -> None:
+    def open(self, state: State) -> None:
         from torch_checkpointing import (
             AsyncCheckpointSaverConfig,
             CheckpointManager,
@@ -210,16 +205,16 @@ class TorchCheckpointing(Way):
         from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
         self.directory.mkdir()
-        cuda = training.device.type == "cuda"
+        cuda = state.device.type == "cuda"
         staging = CheckpointStagerConfig(use_pinned_memory=cuda, use_non_blocking_copy=cuda)
         self.manager = CheckpointManager.Config(
             save=AsyncCheckpointSaverConfig(staging_config=staging),
             storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
         ).build()
 
-    def save(self, training: Training) -> Pending:
-        training.guard = self.manager.lock
-        future: Future[Any] = self.manager.save(str(self.path(training)), training.state_dicts)
+    def save(self, state: State) -> Pending:
+        state.guard = self.manager.lock
+        future: Future[Any] = self.manager.save(str(self.path(state)), state.state_dicts)
         return future
 
     def close(self) -> None:
@@ -236,16 +231,16 @@ class AsyncSave(Way):
     prewarm: bool = False
     checkpointer: Checkpointer | None = field(default=None, repr=False)
 
-    def open(self, training: Training) -> None:
+    def open(self, state: State) -> None:
         self.checkpointer = Checkpointer(
             self.directory, compression=self.compression, overlap=self.overlap, signals=()
         )
         if self.prewarm:
-            self.checkpointer.prewarm(training.state)
+            self.checkpointer.prewarm(state.state)
 
-    def save(self, training: Training) -> Pending:
+    def save(self, state: State) -> Pending:
         assert self.checkpointer is not None
-        handle = self.checkpointer.save(training.steps, training.state)
+        handle = self.checkpointer.save(state.steps, state.state)
         assert isinstance(handle, SaveHandle)
         return handle
 
@@ -271,47 +266,43 @@ def _zstandard() -> Any:
     return ZStandard()
 
 
-def ways(directory: Path, device: str, wanted: list[str] | None = None) -> list[Way]:
-    """Return the rows of the table: all, or those whose name contains one of ``wanted``."""
-    all_, files = "files, directories", "files"
+def ways(directory: Path, device: str = "cpu", names: Sequence[str] | None = None) -> list[Way]:
+    """Return the ways of these names, in that order; by default, all that there are for a device.
+
+    Each has a place of its own in ``directory``.
+    """
+    every, files = "files, directories", "files"
     cuda = device == "cuda"
-    names = iter(range(100))
-
-    def place() -> Path:
-        return directory / str(next(names))
-
     cached = StagingOptions(cuda, False, cuda, cuda)
-    rows: list[Way] = [
-        Way(NO_SAVING, "", place(), reference=True),
-        Copy(COPY, "", place(), reference=True),
-        BareWrite(BARE, "file", place(), reference=True),
-        TorchSave("torch.save + fsync", "file, directory", place()),
-        DistributedCheckpoint(DCP, files, place()),
-        DistributedCheckpoint(f"{DCP}, its ZStandard", files, place(), extension=_zstandard),
-        DistributedCheckpoint(
-            PINNED if cuda else f"{DCP}, cached stager", files, place(), staging=cached
-        ),
-        TorchSnapshot("torchsnapshot.async_take", "nothing", place()),
-        TorchCheckpointing("torch_checkpointing", "nothing", place()),
-        AsyncSave(OFF, all_, place(), compression="off"),
-        AsyncSave(LEVEL_1, all_, place(), compression=1),
-        AsyncSave(AUTO, all_, place(), compression="auto"),
+    found = [
+        Way(NO_SAVING, reference=True),
+        Copy(COPY, reference=True),
+        BareWrite(BARE, "file", reference=True),
+        TorchSave(TORCH, "file, directory"),
+        DistributedCheckpoint(DCP, files),
+        DistributedCheckpoint(f"{DCP}, its ZStandard", files, extension=_zstandard),
+        DistributedCheckpoint(PINNED if cuda else CACHED, files, staging=cached),
+        TorchSnapshot("torchsnapshot.async_take", "nothing"),
+        TorchCheckpointing("torch_checkpointing", "nothing"),
+        AsyncSave(OFF, every, compression="off"),
+        AsyncSave(LEVEL_1, every, compression=1),
+        AsyncSave(AUTO, every, compression="auto"),
+        AsyncSave(PREWARMED, every, compression="off", prewarm=True),
     ]
     if cuda:
-        rows.append(AsyncSave(NO_OVERLAP, all_, place(), compression="off", overlap=False))
-    return [row for row in rows if wanted is None or any(each in row.name for each in wanted)]
-
-
-def prewarmed(directory: Path) -> Way:
-    """Return what has all memory before its first save."""
-    return AsyncSave(PREWARMED, "files, directories", directory, compression="off", prewarm=True)
+        found.append(AsyncSave(NO_OVERLAP, every, compression="off", overlap=False))
+    for number, way in enumerate(found):
+        way.directory = directory / str(number)
+    by_name = {way.name: way for way in found}
+    return found if names is None else [by_name[name] for name in names]
 
 
 def settle(way: Way) -> None:
-    """Delete what was saved, and leave no dirty pages to the next cycle."""
+    """Delete what was saved, and leave neither dirty pages nor garbage to the next save."""
     for path in way.directory.iterdir() if way.directory.exists() else ():
         if path.is_dir():
             shutil.rmtree(path)
         elif not path.name.startswith("."):  # asyncsave's lock
             path.unlink()
     os.sync()
+    gc.collect()
