@@ -25,17 +25,16 @@ import asyncsave
 
 TENSORS, LENGTH = 8, 1 << 18  # 8 MiB
 SMALL_BYTES = 5 << 20
-NAMES = {
-    "torch": "torch.save, torch.load",
-    "dcp": "dcp.save, dcp.load (4 threads)",
-    "asyncsave": "asyncsave.save, asyncsave.load",
+WAYS: dict[str, tuple[str, Callable[[Tensors, Path], object], str]] = {
+    "torch": ("torch.save, torch.load", torch.save, TORCH),
+    "dcp": ("dcp.save, dcp.load (4 threads)", partial(save_dcp, threads=4), DCP),
+    "asyncsave": (
+        "asyncsave.save, asyncsave.load",
+        lambda state, path: asyncsave.save(state, path).result(),
+        LOAD_OFF,
+    ),
 }
-SAVES: dict[str, Callable[[Tensors, Path], object]] = {
-    "torch": torch.save,
-    "dcp": partial(save_dcp, threads=4),
-    "asyncsave": lambda state, path: asyncsave.save(state, path).result(),
-}
-LOADS = {"torch": TORCH, "dcp": DCP, "asyncsave": LOAD_OFF}
+"""For each way its row, how it saves, and how it loads, a name of loads.py."""
 
 
 def state() -> Tensors:
@@ -46,12 +45,12 @@ def state() -> Tensors:
 
 def save(way: str, path: Path) -> None:
     """Save the state."""
-    SAVES[way](state(), path)
+    WAYS[way][1](state(), path)
 
 
 def load(way: str, path: Path) -> Tensors:
     """Load it."""
-    (read,) = (each.read for each in loads() if each.name == LOADS[way])
+    (read,) = (each.read for each in loads() if each.name == WAYS[way][2])
     found = read(path, {name: torch.zeros_like(value) for name, value in state().items()})
     assert found is not None
     return found
@@ -123,7 +122,7 @@ class Faults(Bench):
 
     def measure(self) -> Results:
         rows = []
-        for way, name in NAMES.items():
+        for way, (name, *_) in WAYS.items():
             bit = self._try(flipped, way, self.directory / way)
             with small_filesystem(self.directory / f"{way}-small") as mounted:
                 place = self.directory / f"{way}-small" / "saved"

@@ -84,12 +84,9 @@ def provenance(command: Sequence[str], device: str, directory: Path) -> dict[str
 
 def filesystem(path: Path) -> str:
     """Return the type of the filesystem ``path`` is on."""
-    parents = {str(parent) for parent in (path.resolve(), *path.resolve().parents)}
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint in parents]
-    if not mounts:
-        return "unknown"
-    longest = max(len(mount.mountpoint) for mount in mounts)
-    return [mount.fstype for mount in mounts if len(mount.mountpoint) == longest][-1]
+    types = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    places = (str(place) for place in (path.resolve(), *path.resolve().parents))
+    return next((types[place] for place in places if place in types), "unknown")
 
 
 def _cpu() -> str:

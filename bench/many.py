@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -71,27 +71,10 @@ def state_of(count: int) -> State:
 # -- measuring --------------------------------------------------------------------------------
 
 
-def measure(rows: list[Row], saves: int, directory: Path) -> None:
-    """Fill the rows of one size."""
-    state, order = state_of(rows[0].count), random.Random(0)
-    directory.mkdir()
-    with contextlib.ExitStack() as stack:
-        found = {}
-        for way in ways(directory, names=[row.way for row in rows]):
-            found[way.name] = stack.enter_context(contextlib.closing(way))
-            way.open(state)
-        for _ in range(saves + 1):
-            for row in order.sample(rows, len(rows)):
-                spent = sum(sample["done_seconds"] for sample in row.samples)
-                if row.why is None and spent <= BUDGET_SECONDS:
-                    row.samples.append(sample(found[row.way], state))
-        for way in found.values():
-            settle(way)
-
-
 def sample(way: Way, state: State) -> Sample:
     """Measure one save."""
     settle(way)
+    gc.collect()
     state.steps += 1
     began = time.perf_counter()
     pending = way.save(state)
@@ -157,18 +140,31 @@ class Many(Bench):
     def measure(self) -> Results:
         rows: list[Row] = []
         # code that is loaded at a first save is no tensor's cost
-        measure([Row(way, 1) for way in NAMES], 1, self.directory / "1")
+        self._fill([Row(way, 1) for way in NAMES], 1, self.directory / "1")
         for number, count in enumerate(sorted(self.options.counts)):
             new = [Row(way, count) for way in NAMES]
             for row in new:
                 leave_out(row, rows)
-            measure(new, self.options.saves, self.directory / f"{number}-{count}")
+            self._fill(new, self.options.saves, self.directory / f"{number}-{count}")
             rows += new
-            for row in new:
-                if row.samples:
-                    blocked = row.samples[-1]["blocked_seconds"]
-                    self.say(f"{count} {row.way}: {blocked:.3f} s blocked")
         return {"tensor_bytes": 4 * ELEMENTS, "rows": [summarize(row) for row in rows]}
+
+    def _fill(self, rows: list[Row], saves: int, directory: Path) -> None:
+        """Measure the rows of one size."""
+        state, found = state_of(rows[0].count), {}
+        directory.mkdir()
+        with contextlib.ExitStack() as stack:
+            for way in ways(directory, names=NAMES):
+                found[way.name] = stack.enter_context(contextlib.closing(way))
+                way.open(state)
+            for round_, row in self.turns(rows, saves, first=0):
+                spent = sum(sample["done_seconds"] for sample in row.samples)
+                if row.why is None and spent <= BUDGET_SECONDS:
+                    row.samples.append(sample(found[row.way], state))
+                    blocked = row.samples[-1]["blocked_seconds"]
+                    self.say(f"{round_}/{saves} {row.way}, {row.count}: {blocked:.3f} s blocked")
+            for way in found.values():
+                settle(way)
 
     def bars(self, results: Results) -> list[Bar]:
         found = {

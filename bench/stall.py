@@ -38,12 +38,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import random
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,78 +86,37 @@ def measure(way: Way, training: Training, least_steps: int) -> Cycle:
     """
     training.step()
     training.synchronize()
-    ended: list[float] = []
-    done = threading.Event()
-
-    def note_end(_: Any) -> None:
-        ended.append(time.perf_counter())
-        done.set()
-
     training.guard, training.guard_seconds = contextlib.nullcontext, 0.0
     ends: list[float] = []
+    ended: list[float] = []
     with peak_memory() as peak:
         began = time.perf_counter()
         pending = way.save(training)
         blocked = time.perf_counter() - began
-        pending.add_done_callback(note_end)
-        while len(ends) < least_steps or not done.is_set():
+        pending.add_done_callback(lambda _: ended.append(time.perf_counter() - began))
+        while len(ends) < least_steps or not ended:
             training.step()
             ends.append(time.perf_counter() - began)
             if ends[-1] > CYCLE_LIMIT_SECONDS:
                 raise TimeoutError(f"not done after {CYCLE_LIMIT_SECONDS:.0f} s")
         training.synchronize()
         seconds = time.perf_counter() - began
-    found = pending.result()
+    report = pending.result()
     training.guard = contextlib.nullcontext
-    report = found if isinstance(found, SaveReport) else None
-    files = [path for path in way.directory.rglob("*") if path.is_file()]
+    own, saving = isinstance(report, SaveReport), way.name != NO_SAVING
     return {
         "steps": len(ends),
         "cycle_seconds": seconds,
-        "blocked_seconds": 0.0 if way.name == NO_SAVING else blocked,
-        "fence_seconds": report.fence_seconds if report else training.guard_seconds,
-        "durable_seconds": 0.0 if way.name == NO_SAVING else ended[0] - began,
-        "stored_bytes": sum(path.stat().st_size for path in files),
+        "blocked_seconds": blocked if saving else 0.0,
+        "fence_seconds": report.fence_seconds if own else training.guard_seconds,
+        "durable_seconds": ended[0] if saving else 0.0,
+        "stored_bytes": sum(p.stat().st_size for p in way.directory.rglob("*") if p.is_file()),
         "rss_before_bytes": peak.before,
         "rss_peak_bytes": peak.most,
         "rss_after_bytes": resident_bytes(),
         "step_ends": ends,
-        "report": {**asdict(report), "path": None} if report else None,
+        "report": {k: v for k, v in asdict(report).items() if k != "path"} if own else None,
     }
-
-
-def run(
-    rows: list[Row], training: Training, saves: int, steps: int | None, say: Callable[[str], None]
-) -> None:
-    """Measure all rounds; round 0 is the first save of each way.
-
-    Args:
-        steps: of each cycle at least; None for as many as the way's saves have shown to need.
-    """
-    for _ in range(WARMUP_STEPS):
-        training.step()
-    order, number = random.Random(0), 0
-    for round_ in range(saves + 1):
-        for row in order.sample(rows, len(rows)) if round_ else rows:
-            if row.why is not None:
-                continue
-            name = row.way.name
-            try:
-                if round_ == 0:
-                    row.way.open(training)
-                cycle = measure(row.way, training, steps or _steps(row, rows))
-                row.cycles.append({"way": name, "number": number, "round": round_, **cycle})
-                say(
-                    f"{round_}/{saves} {name}: {cycle['steps']} steps, "
-                    f"{cycle['cycle_seconds']:.2f} s, blocked {cycle['blocked_seconds']:.3f} s"
-                )
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # DCP's own is not an Exception
-                row.why = f"{type(error).__name__}: {error}"
-                say(f"{round_}/{saves} {name}: {row.why}")
-            number += 1
-            settle(row.way)
 
 
 def _steps(row: Row, rows: list[Row]) -> int:
@@ -264,10 +221,14 @@ class Stall(Bench):
         if available < 9 * 12 * parameters:  # arenas, cached stagers, snapshots, the state itself
             self.say(f"only {available / 1e9:.1f} GB of memory: asyncsave will stage in waves")
         rows = [Row(way) for way in self._wanted()]
+        for _ in range(WARMUP_STEPS):
+            training.step()
         with contextlib.ExitStack() as stack:
             for row in rows:
                 stack.enter_context(contextlib.closing(row.way))
-            run(rows, training, options.saves, options.steps, self.say)
+            for number, (round_, row) in enumerate(self.turns(rows, options.saves, first=0)):
+                if row.why is None:
+                    self._cycle(row, rows, training, number, round_)
         plain = [c for row in rows if row.way.name == NO_SAVING for c in row.cycles if c["round"]]
         plain_step = statistics.median(c["cycle_seconds"] / c["steps"] for c in plain)
         return {
@@ -278,6 +239,24 @@ class Stall(Bench):
             "rows": [summarize(row, plain_step) for row in rows],
             "cycles": [cycle for row in rows for cycle in row.cycles],
         }
+
+    def _cycle(
+        self, row: Row, rows: list[Row], training: Training, number: int, round_: int
+    ) -> None:
+        """Measure one cycle; round 0 is the first save of each way."""
+        name, steps = row.way.name, self.options.steps or _steps(row, rows)
+        try:
+            if round_ == 0:
+                row.way.open(training)
+            cycle = measure(row.way, training, steps)
+            row.cycles.append({"way": name, "number": number, "round": round_, **cycle})
+            said = f"{cycle['cycle_seconds']:.2f} s, blocked {cycle['blocked_seconds']:.3f} s"
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # DCP's own is not an Exception
+            row.why = said = f"{type(error).__name__}: {error}"
+        self.say(f"{round_}/{self.options.saves} {name}: {said}")
+        settle(row.way)
 
     def _wanted(self) -> list[Way]:
         parts = [NO_SAVING, *self.options.ways] if self.options.ways else [""]
@@ -308,10 +287,11 @@ class Stall(Bench):
             Bar.of("lost, level 1 / dcp.async_save's", ratio(level_1, dcp), 1.0),
             Bar.of("durable, auto / off", ratio(auto, durable), 1.1),
         ]
-        pinned, at_once = results["pinned_bytes_per_second"], warm(NO_OVERLAP, "blocked_seconds")
+        pinned = results.get("pinned_bytes_per_second")  # on CUDA
         if pinned is not None:
             blocked, fence = (warm(OFF, f"{what}_seconds") for what in ("blocked", "fence"))
             waited = None if blocked is None or fence is None else blocked + fence
+            at_once = warm(NO_OVERLAP, "blocked_seconds")
             copied = ratio(results["state_bytes"] / pinned, at_once)
             judged += [
                 Bar.of(

@@ -8,7 +8,6 @@ when it says it is done, read from its source. A new way is a subclass of `Way` 
 from __future__ import annotations
 
 import contextlib
-import gc
 import mmap
 import os
 import shutil
@@ -298,11 +297,10 @@ def ways(directory: Path, device: str = "cpu", names: Sequence[str] | None = Non
 
 
 def settle(way: Way) -> None:
-    """Delete what was saved, and leave neither dirty pages nor garbage to the next save."""
+    """Delete what was saved, and leave no dirty pages to the next save."""
     for path in way.directory.iterdir() if way.directory.exists() else ():
         if path.is_dir():
             shutil.rmtree(path)
         elif not path.name.startswith("."):  # asyncsave's lock
             path.unlink()
     os.sync()
-    gc.collect()

@@ -7,23 +7,19 @@ itself.
 from __future__ import annotations
 
 import ast
-import gc
-import importlib
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.conftest import ROOT, Run, class_of, outcome
+
 SCRIPTS = ("auto", "codec", "faults", "gil", "many", "memory", "restore", "save", "stall", "start")
 FIGURES = {
     "blocked_seconds",
@@ -34,76 +30,6 @@ FIGURES = {
     "extra_memory_bytes",
 }
 MISSING = "safetensors load_file + clone"
-
-Outcome = tuple[dict[str, Any], str]
-"""What a benchmark wrote, and what it printed."""
-
-
-class Run(Protocol):
-    def __call__(self, name: str, *arguments: str) -> Outcome: ...
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _resource_tracker() -> None:
-    """Start what lives on in a process that has spawned another: no test leaves it behind."""
-    resource_tracker.ensure_running()
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let bench/ be imported, and put back what its scripts set."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # several threads that wait for each other are slow where others use the cores
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # benchmarks collect garbage before each reading: not what all tests have loaded
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-
-
-def class_of(name: str) -> Any:
-    """Return a script's benchmark."""
-    module = importlib.import_module(name)
-    return next(
-        each
-        for each in vars(module).values()
-        if isinstance(each, type) and getattr(each, "name", None) == name
-    )
-
-
-@pytest.fixture
-def run(bench: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a benchmark on a tiny state; it leaves no checkpoint."""
-
-    def run(name: str, *arguments: str) -> Outcome:
-        path = tmp_path / f"{name}.json"
-        common = ["--quick", "--json", str(path), "--directory", str(tmp_path)]
-        assert class_of(name)().main([*common, *arguments]) == 0
-        return outcome(name, path), capsys.readouterr().out
-
-    return run
-
-
-def outcome(name: str, path: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(path.read_text())
-    assert set(results["versions"]) == {"asyncsave", "torch", "python", "system"}
-    assert results["hardware"]["cpu"]
-    assert results["hardware"]["cores"] >= 1
-    assert results["hardware"]["memory_bytes"] > 0
-    assert results["filesystem"] != "unknown"
-    assert results["command"][:3] == ["python", f"bench/{name}.py", "--quick"]
-    assert "commit" in results
-    assert results["benchmark"] == name
-    assert results["question"]
-    assert results["settings"]["quick"] is True
-    assert results["run_seconds"] > 0
-    for bar in results["bars"]:
-        assert set(bar) == {"bar", "measured", "met"}
-    assert not [each for each in path.parent.iterdir() if each.is_dir()]  # no checkpoint stays
-    return results
 
 
 def installed(name: str) -> bool:
@@ -339,6 +265,18 @@ def test_every_script_is_a_command(name: str, bench: None) -> None:
     assert (
         name in (ROOT / "Makefile").read_text().partition("BENCHES := ")[2].split("\n")[0].split()
     )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_committed_results_can_be_shown(name: str, bench: None) -> None:
+    results = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    made = class_of(name)()
+    for table in made.tables(results):
+        assert table.row_count > 0
+    judged = {bar.bar: bar.met for bar in made.bars(results)}
+    said = {bar["bar"]: bar["met"] for bar in results.get("bars", [])}
+    assert len(judged) >= len(said)
+    assert all(judged.get(bar, met) is met for bar, met in said.items())
 
 
 @pytest.mark.parametrize(
