@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One question each, in the order of a README reader's; about 50 minutes in all, with nothing else running.
 BENCHES := stall save codec memory restore many gil auto faults start
 
-.PHONY: demo test test-slow soak check bench clean
+.PHONY: demo test test-slow soak check bench knobs clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py
@@ -29,6 +29,10 @@ check: $(VENV)/ready
 
 bench: $(VENV)/bench-ready
 	set -e; for each in $(BENCHES); do echo "bench/$$each.py"; $(BIN)/python bench/$$each.py; done
+
+# Which values the product's constants want; nothing else should run meanwhile.
+knobs: $(VENV)/ready
+	$(BIN)/python bench/knobs.py
 
 clean:
 	rm -rf $(VENV)
