@@ -250,7 +250,7 @@ class Codec(Bench):
 
     def tables(self, results: Results) -> Iterator[Table]:
         columns: dict[str, Column] = {
-            "<": lambda row: row["coding"] + ("*" if row["sampled"] else ""),
+            "": lambda row: row["coding"] + ("*" if row["sampled"] else ""),
             "ratio": ("ratio", 3),
             "encode, 1 thread": ("encode", 2),
             "encode, all": ("encode_all", 2),

@@ -87,7 +87,7 @@ def ratio(one: float | None, other: float | None) -> float | None:
 
 Column = str | tuple[str, int] | tuple[str, int, float] | Callable[[Any], str]
 """What a row has in a column: a text, by its key; a figure, by its key, `cell`'s digits and scale;
-or whatever a function makes of the row."""
+or whatever a function makes of the row. Texts, and the column without a name, stand on the left."""
 
 
 def table(
@@ -110,7 +110,8 @@ def table(
     )
     made = Table(title=title, caption=f"{where}\n{note}")
     for name, column in columns.items():
-        made.add_column(name, justify="left" if isinstance(column, str) else "right")
+        text = isinstance(column, str) or not name
+        made.add_column(name, justify="left" if text else "right")
     for row in results["rows"] if rows is None else rows:
         made.add_row(*(_shown(row, column) for column in columns.values()))
     return made
