@@ -192,7 +192,7 @@ def reads_in_pieces(directory: Path, quick: bool) -> Read:
 
 def many_leaves(directory: Path, quick: bool) -> Read:
     """Loading many small tensors, from the page cache."""
-    counts = {"elements": (1, 100_000), "KiB": (256, 20_000), "8 KiB": (2048, 10_000)}
+    counts = {"elements": (1, 20_000), "KiB": (256, 10_000), "8 KiB": (2048, 5_000)}
     for name, (elements, count) in counts.items():
         values = torch.randn(count // 500 if quick else count, elements)
         tensors = {str(i): value.clone() for i, value in enumerate(values)}
