@@ -26,9 +26,10 @@ Errors of other libraries and of the operating system are translated once, where
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "StateError",
     "UnsupportedVersionError",
     "WriteError",
+    "asking",
+    "looking",
     "write_error",
 ]
 
@@ -162,6 +165,26 @@ def _shown(reason: str) -> str:
 
 
 _FULL = {_errno.ENOSPC, _errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def asking(doing: str, path: Path) -> Iterator[None]:
+    """Ask the system to change ``path``; what it refuses is a `WriteError`."""
+    try:
+        yield
+    except OSError as cause:
+        raise write_error(doing, path, cause) from cause
+
+
+@contextlib.contextmanager
+def looking(path: Path) -> Iterator[None]:
+    """Look at ``path`` in order to save there; what cannot be looked at is a `WriteError`, too."""
+    try:
+        yield
+    except LoadError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise write_error("read", path, error.__cause__) from error.__cause__
 
 
 def write_error(doing: str, path: Path, cause: OSError) -> WriteError:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .reading.arrays import load_arrays
-from .storage.filesystem import LocalFileSystem
-from .storage.place import PathLike, local_path
+from .storage.place import PathLike, place_of
 
 __all__ = ["load"]
 
@@ -38,4 +37,4 @@ def load(path: PathLike, keys: str | Sequence[str] | None = None) -> Any:
         ConfigError: ml_dtypes is needed, and is not there.
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`.
     """
-    return load_arrays(LocalFileSystem(), local_path(path), keys)
+    return load_arrays(place_of(path), keys)

@@ -10,8 +10,12 @@ import numpy as np
 
 PAGE_BYTES = 4096
 
-
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def padded(length: int) -> int:
+    """Return ``length`` in bytes, rounded up to whole pages."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
 
 
 def pages(nbytes: int, *, huge: bool = False) -> Bytes:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .codec.compression import CompressionSetting, parse_compression
-from .errors import CheckpointExistsError, ConfigError, LoadError, write_error
+from .errors import CheckpointExistsError, ConfigError, LoadError, looking
+from .format.files import CHECKPOINT_FILE
 from .format.lineage import NO_LINEAGE, Lineage
-from .format.manifest import CHECKPOINT_FILE
 from .format.notes import encode_plain, parse_metrics, parse_step
 from .pipeline.budget import MemoryLimit, parse_limit
 from .pipeline.handle import SaveHandle
@@ -23,11 +22,10 @@ from .pipeline.pipeline import Pipeline
 from .pipeline.save import Target
 from .pipeline.session import Session
 from .pipeline.watchdog import STALL_WARNING_SECONDS
-from .reading.checkpoint import read_record
+from .reading.files import read_record
 from .reading.history import read_history
-from .storage.filesystem import FileSystem, LocalFileSystem
-from .storage.place import PathLike, local_path
-from .storage.steps import STEP, step_path, sweep
+from .storage.place import PathLike, Place, place_of
+from .storage.steps import STEP, step_name, sweep
 
 
 class Saver(Session):
@@ -76,7 +74,6 @@ class Saver(Session):
     ) -> None:
         try:
             super().__init__(
-                LocalFileSystem(),
                 compression=compression,
                 memory_limit=memory_limit,
                 overlap=overlap,
@@ -127,11 +124,11 @@ class Saver(Session):
             self._turns.check()
             number = None if step is None else parse_step(step, state)
             numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
-            where = local_path(path)
+            where = place_of(path)
             _check_name(where, number)
             self._saves.await_current()
             self._saves.raise_unseen()
-            lineage = _prepare(self._filesystem, where, overwrite=overwrite)
+            lineage = _prepare(where, overwrite=overwrite)
             target = Target(where, number, lineage, overwrite, numbers, plain)
             return self._saves.begin(state, target, began)
 
@@ -164,12 +161,10 @@ def save(
     """
     began = time.perf_counter()
     setting, limit = parse_compression(compression), parse_limit(memory_limit)
-    filesystem, where = LocalFileSystem(), local_path(path)
+    where = place_of(path)
     _check_name(where, None)
-    lineage = _prepare(filesystem, where, overwrite=overwrite)
-    pipeline = Pipeline(
-        filesystem, compression=setting, memory_limit=limit, overlap=True, durable=True
-    )
+    lineage = _prepare(where, overwrite=overwrite)
+    pipeline = Pipeline(compression=setting, memory_limit=limit, overlap=True, durable=True)
     try:
         handle = pipeline.save(state, Target(where, None, lineage, overwrite), began)
         pipeline.end()
@@ -179,13 +174,13 @@ def save(
     return handle
 
 
-def _check_name(target: Path, step: int | None) -> None:
+def _check_name(target: Place, step: int | None) -> None:
     """Raise ConfigError if the path has the name of another step's, which no load would believe."""
     named = STEP.fullmatch(target.name)
-    if named and step_path(target.parent, int(named[1])) != target:
+    if named and step_name(int(named[1])) != target.name:
         raise ConfigError(
             f"{target.name} looks like the name of step {int(named[1])}, which is "
-            f"{step_path(target.parent, int(named[1])).name}: choose that, or another name"
+            f"{step_name(int(named[1]))}: choose that, or another name"
         )
     if named and step is not None and int(named[1]) != step:
         raise ConfigError(
@@ -194,7 +189,7 @@ def _check_name(target: Path, step: int | None) -> None:
         )
 
 
-def _prepare(filesystem: FileSystem, target: Path, *, overwrite: bool) -> Lineage:
+def _prepare(target: Place, *, overwrite: bool) -> Lineage:
     """Make the parent, sweep what dead writers left for this target, and check it.
 
     Returns:
@@ -203,24 +198,20 @@ def _prepare(filesystem: FileSystem, target: Path, *, overwrite: bool) -> Lineag
     Raises:
         CheckpointExistsError, ConfigError, WriteError: it cannot be.
     """
-    try:
-        filesystem.make_directories(target.parent)
-        sweep(filesystem, target.parent, target.name)
-        _check_target(filesystem, target, overwrite=overwrite)
-        return _lineage(filesystem, target)
-    except CheckpointExistsError:  # an OSError, too, but in asyncsave's words already
-        raise
-    except OSError as cause:
-        raise write_error("create", target, cause) from cause
+    target.parent.make_directories()
+    with looking(target.path):
+        sweep(target.parent, target.name)
+        _check_target(target, overwrite=overwrite)
+        return _lineage(target)
 
 
-def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> None:
-    if not filesystem.exists(target):
+def _check_target(target: Place, *, overwrite: bool) -> None:
+    if not target.exists():
         return
-    if filesystem.is_directory(target):
-        if not filesystem.list_directory(target):
+    if target.is_directory():
+        if not target.names():
             return
-        if overwrite and filesystem.exists(target / CHECKPOINT_FILE):
+        if overwrite and (target / CHECKPOINT_FILE).exists():
             return
     hint = (
         "it is not a checkpoint and will not be replaced; choose another path"
@@ -230,7 +221,7 @@ def _check_target(filesystem: FileSystem, target: Path, *, overwrite: bool) -> N
     raise CheckpointExistsError(f"{target} exists already: {hint}")
 
 
-def _lineage(filesystem: FileSystem, target: Path) -> Lineage:
+def _lineage(target: Place) -> Lineage:
     """Return the place in a run of what is overwritten; a new one has none.
 
     Raises:
@@ -238,11 +229,11 @@ def _lineage(filesystem: FileSystem, target: Path) -> Lineage:
     """
     if not STEP.fullmatch(target.name):
         return NO_LINEAGE
-    if filesystem.exists(target / CHECKPOINT_FILE):
+    if (target / CHECKPOINT_FILE).exists():
         with contextlib.suppress(LoadError):
-            return read_record(filesystem, target).lineage
+            return read_record(target).lineage
         return NO_LINEAGE
-    if any(each.lineage.serial for each in read_history(filesystem, target.parent).entries):
+    if any(each.lineage.serial for each in read_history(target.parent).entries):
         raise ConfigError(
             f"{target.parent} is the directory of a run, whose Checkpointer alone knows what comes "
             "after what: choose a path beside it, or another name than one of a step"

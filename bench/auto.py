@@ -36,10 +36,11 @@ from harness import MEDIANS, Bar, Bench, Column, Results, Size, cell, ratio, spr
 from rich.table import Table
 from training import Training
 
-from asyncsave.codec.compression import CompressionSetting, parse_compression
-from asyncsave.pipeline.pipeline import Pipeline
-from asyncsave.pipeline.save import Target
-from asyncsave.storage.filesystem import FileSystem, LocalFileSystem, WritableFile
+import asyncsave
+from asyncsave.codec.compression import CompressionSetting
+from asyncsave.storage.disk import WritableFile
+from asyncsave.storage.local import LocalDisk
+from asyncsave.storage.place import Place
 
 THROTTLE = 150e6  # bytes per second: a network filesystem, or a cheap cloud disk
 WAYS: dict[str, CompressionSetting] = {"off": "off", "level 1": 1, "auto": "auto"}
@@ -61,42 +62,29 @@ class ThrottledFile:
 
     def __init__(self, file: WritableFile) -> None:
         self._file = file
+        self.sync, self.close = file.sync, file.close
 
-    async def write(self, view: memoryview) -> None:
+    async def write(self, view: memoryview) -> int:
         began = time.perf_counter()
-        await self._file.write(view)
-        await asyncio.sleep(view.nbytes / THROTTLE - (time.perf_counter() - began))
-
-    async def sync(self) -> None:
-        await self._file.sync()
-
-    async def close(self) -> None:
-        await self._file.close()
+        count = await self._file.write(view)
+        await asyncio.sleep(count / THROTTLE - (time.perf_counter() - began))
+        return count
 
 
-class ThrottledFileSystem(LocalFileSystem):
+class ThrottledDisk(LocalDisk):
     """The machine's files, written no faster than `THROTTLE`."""
 
     async def create(self, path: Path, executor: Executor) -> WritableFile:
         return ThrottledFile(await super().create(path, executor))
 
 
-def measure(
-    filesystem: FileSystem, way: str, state: Any, directory: Path
-) -> Iterator[dict[str, Any]]:
+def measure(disk: LocalDisk, way: str, state: Any, directory: Path) -> Iterator[dict[str, Any]]:
     """Save twice with a new saver; yield what each save took and made."""
-    pipeline = Pipeline(
-        filesystem,
-        compression=parse_compression(WAYS[way]),
-        memory_limit="auto",
-        overlap=True,
-        durable=True,
-    )
     names = ("durable_seconds", "stored_bytes", "chunks", "encoded_chunks")
-    with contextlib.closing(pipeline):
+    with asyncsave.Saver(compression=WAYS[way]) as saver:
         for ordinal in ORDINALS:
             path = directory / ordinal
-            report = pipeline.save(state, Target(path), time.perf_counter()).result()
+            report = saver.save(state, Place(path, disk)).result()
             shutil.rmtree(path)
             os.sync()
             yield {"ordinal": ordinal, **{name: getattr(report, name) for name in names}}
@@ -133,17 +121,17 @@ class Auto(Bench):
         training = Training(options.layers, options.width, options.heads, batch=1, context=64)
         for _ in range(options.training_steps):
             training.step()
-        saves = self._saves(DISK, LocalFileSystem(), training.state)
+        saves = self._saves(DISK, LocalDisk(), training.state)
         with busy_cores():
-            saves += self._saves(BUSY, LocalFileSystem(), training.state)
-        saves += self._saves(SLOW, ThrottledFileSystem(), training.state)
+            saves += self._saves(BUSY, LocalDisk(), training.state)
+        saves += self._saves(SLOW, ThrottledDisk(), training.state)
         rows = summarize(saves)
         return {"state_bytes": training.state_bytes, "rows": rows, "saves": saves}
 
-    def _saves(self, place: str, filesystem: FileSystem, state: Any) -> list[dict[str, Any]]:
+    def _saves(self, place: str, disk: LocalDisk, state: Any) -> list[dict[str, Any]]:
         rounds, saves = self.options.rounds, []
         for round_, way in self.turns(list(WAYS), rounds):
-            for each in measure(filesystem, way, state, self.directory):
+            for each in measure(disk, way, state, self.directory):
                 saves.append({"place": place, "way": way, "round": round_, **each})
                 self.say(
                     f"{round_}/{rounds} {place}, {way}, {each['ordinal']} save: "

@@ -62,33 +62,33 @@ class Knob:
     note: str = ""
 
 
-_BUDGET, _STAGES = "asyncsave.pipeline.budget", "asyncsave.pipeline.stages"
+_BUDGET, _ENCODE = "asyncsave.pipeline.budget", "asyncsave.pipeline.encode"
 _CHOOSE, _DIRECT = "asyncsave.pipeline.choose", "asyncsave.storage.direct"
-_LEAVES, _FRAME = "asyncsave.restoring.leaves", "asyncsave.codec.frame"
+_NEW, _FRAME = "asyncsave.restoring.new", "asyncsave.codec.frame"
 
 KNOBS = {
     "chunk": Knob(f"{_BUDGET}:CHUNK_BYTES", (M, 4 * M, 8 * M, 16 * M, 32 * M, 64 * M), "saves"),
-    "slots": Knob(f"{_BUDGET}:_GOOD_SLOTS", (2, 4, 8, 16), "saves_in_little_memory"),
+    "slots": Knob(f"{_BUDGET}:_PREFERRED_SLOTS", (2, 4, 8, 16), "saves_in_little_memory"),
     "around": Knob(
-        f"{_BUDGET}:_AROUND_BYTES",
+        f"{_BUDGET}:_HEAP_RESERVE_BYTES",
         (M, 2 * M, 3 * M, 4 * M),
         "memory_beyond_the_limit",
         "the least one that is never beyond the limit is wanted",
     ),
     "encoders": Knob(f"{_BUDGET}:encoder_threads()", (1, 2, 3, 4), "encoded_beside_python"),
-    "group": Knob(f"{_STAGES}:_TOGETHER", (1, 2, 4, 8, 16), "saves_beside_python"),
+    "group": Knob(f"{_ENCODE}:GROUP_CHUNKS", (1, 2, 4, 8, 16), "saves_beside_python"),
     "ahead": Knob(f"{_CHOOSE}:LEAST_WRITES", (1, 2, 4, 8), "chosen"),
-    "probe": Knob(f"{_CHOOSE}:TRY_BYTES", (256 * K, M, 4 * M, 16 * M), "chosen"),
+    "probe": Knob(f"{_CHOOSE}:PROBE_BYTES", (256 * K, M, 4 * M, 16 * M), "chosen"),
     "margin": Knob(f"{_CHOOSE}:_MARGIN", (0.8, 0.9, 1.0), "chosen"),
     "caution": Knob(f"{_CHOOSE}:_CAUTION", (1.0, 1.25, 1.5), "chosen"),
     "fade": Knob(f"{_CHOOSE}:_FADE", (0.5, 0.85, 0.95), "chosen"),
     "sync-fade": Knob(f"{_CHOOSE}:_SYNC_FADE", (0.25, 0.5, 0.85), "chosen"),
-    "readers": Knob("asyncsave.reading.checkpoint:reader_threads()", (1, 2, 3, 4, 8), "reads"),
+    "readers": Knob("asyncsave.reading.workers:reader_threads()", (1, 2, 3, 4, 8), "reads"),
     "direct": Knob(f"{_DIRECT}:_LEAST_BYTES", (64 * K, 256 * K, M, 4 * M), "reads_in_pieces"),
     "detour": Knob(f"{_DIRECT}:_DETOUR_BYTES", (M, 2 * M, 4 * M, 8 * M, 16 * M), "reads"),
     "huge": Knob("asyncsave.pages:pages(huge)", (False, True), "first_save_and_reads"),
-    "small": Knob(f"{_LEAVES}:_SMALL_BYTES", (0, K, 4 * K, 16 * K, 64 * K), "many_leaves"),
-    "together": Knob(f"{_LEAVES}:_TOGETHER_BYTES", (64 * K, M, 4 * M, 16 * M), "many_leaves"),
+    "small": Knob(f"{_NEW}:SMALL_BYTES", (0, K, 4 * K, 16 * K, 64 * K), "many_leaves"),
+    "together": Knob(f"{_NEW}:BATCH_BYTES", (64 * K, M, 4 * M, 16 * M), "many_leaves"),
     "join": Knob("asyncsave.codec.planes:_JOIN_ELEMENTS", [K << i for i in range(8, 13)], "codes"),
     "sample-pieces": Knob(f"{_FRAME}:_SAMPLE_PIECES", (4, 16, 64), "codes"),
     "sample-bytes": Knob(f"{_FRAME}:_SAMPLE_BYTES", (8 * K, 32 * K, 128 * K), "codes"),

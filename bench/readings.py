@@ -28,7 +28,7 @@ from training import State, trained_tensors
 from ways import LEVEL_1, OFF, settle, ways
 
 import asyncsave
-from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.storage.local import LOCAL
 
 Read = Callable[[], dict[str, float]]
 
@@ -112,7 +112,7 @@ def encoded_beside_python(directory: Path, quick: bool) -> Read:
 def chosen(directory: Path, quick: bool) -> Read:
     """Two saves of a new saver with "auto", on this disk and on a slow one, as in bench/auto.py."""
     state = _state(256, quick)
-    disks = (("", LocalFileSystem()), (f", {auto.SLOW}", auto.ThrottledFileSystem()))
+    disks = (("", LOCAL), (f", {auto.SLOW}", auto.ThrottledDisk()))
 
     def read() -> dict[str, float]:
         return {
@@ -172,7 +172,7 @@ def reads_in_pieces(directory: Path, quick: bool) -> Read:
     path, nbytes = directory / "file", (4 if quick else 128) * MIB
     path.write_bytes(os.urandom(nbytes))
     memory = np.empty(2 * MIB, np.uint8)
-    file = LocalFileSystem().open(path)
+    file = LOCAL.open(path)
 
     def through(piece: int) -> None:
         for offset in range(0, nbytes, piece):

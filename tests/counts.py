@@ -22,6 +22,11 @@ def add(what: str, count: int = 1) -> None:
     _totals[what] += count
 
 
+def totals() -> dict[str, int]:
+    """Return all sums, to be added to those of another process."""
+    return dict(_totals)
+
+
 def summary() -> str:
     """Return all sums in one line; empty if nothing was counted."""
     return ", ".join(f"{WORDS[what]}: {_totals[what]:,}" for what in WORDS if _totals[what])

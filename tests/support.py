@@ -1,18 +1,14 @@
-"""What several tests need: bit-exact comparison, and a filesystem that waits on command."""
+"""What several tests need: bit-exact comparison, and waiting for what another thread does."""
 
 from __future__ import annotations
 
 import struct
-import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-from asyncsave.storage.filesystem import LocalFileSystem, WritableFile
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -77,39 +73,26 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
         assert one == other, where
 
 
-class GatedFile:
-    """A file whose writes wait for a gate."""
-
-    def __init__(self, file: WritableFile, gate: threading.Event, executor: Executor) -> None:
-        self._file, self._gate, self._executor = file, gate, executor
-
-    async def write(self, view: memoryview) -> None:
-        import asyncio
-
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._gate.wait)
-        await self._file.write(view)
-
-    async def sync(self) -> None:
-        await self._file.sync()
-
-    async def close(self) -> None:
-        await self._file.close()
+SMALL_LIMIT = 1_260_000
+"""A ``memory_limit`` with which `in_small_chunks` has a slot for each of its chunks at once."""
 
 
-class GatedFileSystem(LocalFileSystem):
-    """Data is written only while ``gate`` is set; so a save can be held in flight."""
+def in_small_chunks() -> dict[str, torch.Tensor]:
+    """Return a state of 15 chunks of 64 KiB, the last of them shorter, without compression.
 
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-
-    async def create(self, path: Path, executor: Executor) -> WritableFile:
-        return GatedFile(await super().create(path, executor), self.gate, executor)
+    Each type begins a chunk of its own, so memory for all of the state goes furthest where chunks
+    are shortest.
+    """
+    others = (torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    return {
+        "w": torch.randn(8 << 14),
+        **{str(each): torch.ones((64 << 10) // each.itemsize, dtype=each) for each in others},
+        "last": torch.randn(20_000).half(),
+    }
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     """Return whether ``condition()`` becomes true in time."""
-    import time
-
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

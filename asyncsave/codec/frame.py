@@ -14,7 +14,7 @@ import numpy as np
 from ..format.codings import plane_lengths
 from ..format.dtypes import DTYPES
 from .planes import JOIN_SCRATCH_BYTES, SPLIT_TRANSIENT_BYTES, ByteArray, join, split, spread, views
-from .zstd import Compressor, Decompressor
+from .zstd import Compressor, Decompressor, compressor_bytes
 
 # Many short pieces, since what compresses (rows never trained, padding) comes in long stretches.
 _SAMPLE_PIECES: Final = 16
@@ -37,13 +37,9 @@ def coding_for(dtype_name: str, byte_planes: bool) -> str:
 
 
 class Encoder:
-    """Encodes chunks, with a zstd context and scratch that live as long as it. One per thread.
+    """Encodes chunks, with a zstd context and scratch that live as long as it. One per thread."""
 
-    Attributes:
-        memory_bytes: all that it holds at its peak, in bytes.
-    """
-
-    __slots__ = ("_compressor", "_max_chunk_bytes", "_sample", "_scratch", "memory_bytes")
+    __slots__ = ("_compressor", "_max_chunk_bytes", "_sample", "_scratch")
 
     def __init__(self, level: int, max_chunk_bytes: int, byte_planes: bool = True) -> None:
         """Allocates everything that encoding will need.
@@ -59,15 +55,8 @@ class Encoder:
         """
         self._compressor = Compressor(level, max_chunk_bytes)
         self._max_chunk_bytes = max_chunk_bytes
-        # No plane of several is longer than half its chunk.
-        self._scratch = np.empty(max_chunk_bytes // 2 if byte_planes else 0, np.uint8)
+        self._scratch = np.empty(_scratch_bytes(max_chunk_bytes, byte_planes), np.uint8)
         self._sample = np.empty((2, _SAMPLE_BYTES), np.uint8)
-        self.memory_bytes: int = (
-            self._compressor.context_bytes
-            + self._scratch.nbytes
-            + self._sample.nbytes
-            + SPLIT_TRANSIENT_BYTES
-        )
 
     def encode(self, raw: ByteArray, coding: str, frame: ByteArray) -> tuple[str, tuple[int, ...]]:
         """Writes the frame of a chunk to the start of `frame`.
@@ -136,14 +125,22 @@ class Encoder:
         return self._compressor.compress_into(plane, out) if plane.size else 0
 
 
+def encoder_bytes(level: int, max_chunk_bytes: int, byte_planes: bool = True) -> int:
+    """Returns all that an `Encoder` made with these holds at its peak, in bytes."""
+    scratch = _scratch_bytes(max_chunk_bytes, byte_planes)
+    compressor = compressor_bytes(level, max_chunk_bytes)
+    return compressor + scratch + 2 * _SAMPLE_BYTES + SPLIT_TRANSIENT_BYTES
+
+
+def _scratch_bytes(max_chunk_bytes: int, byte_planes: bool) -> int:
+    # No plane of several is longer than half its chunk.
+    return max_chunk_bytes // 2 if byte_planes else 0
+
+
 class Decoder:
-    """Decodes frames, with a zstd context and scratch that live as long as it. One per thread.
+    """Decodes frames, with a zstd context and scratch that live as long as it. One per thread."""
 
-    Attributes:
-        memory_bytes: all that it holds at its peak, in bytes.
-    """
-
-    __slots__ = ("_decompressor", "_join_scratch", "_planes", "memory_bytes")
+    __slots__ = ("_decompressor", "_join_scratch", "_planes")
 
     def __init__(self, max_chunk_bytes: int) -> None:
         """Allocates everything that decoding will need.
@@ -154,9 +151,6 @@ class Decoder:
         self._decompressor = Decompressor()
         self._planes = np.empty(max_chunk_bytes, np.uint8)
         self._join_scratch = np.empty(JOIN_SCRATCH_BYTES, np.uint8)
-        self.memory_bytes: int = (
-            self._decompressor.context_bytes + self._planes.nbytes + self._join_scratch.nbytes
-        )
 
     def decode(self, frame: ByteArray, coding: str, parts: Sequence[int], out: ByteArray) -> None:
         """Writes the chunk that `frame` was made of into `out`.

@@ -26,13 +26,9 @@ _MAX_WINDOW_BYTES: Final = 16 << 20
 
 
 class Compressor:
-    """A zstd context, reused from plane to plane. Belongs to one thread: sharing corrupts output.
+    """A zstd context, used for plane after plane. Belongs to one thread: sharing it corrupts."""
 
-    Attributes:
-        context_bytes: what zstd holds at its peak, in bytes.
-    """
-
-    __slots__ = ("_compressor", "context_bytes")
+    __slots__ = ("_compressor",)
 
     def __init__(self, level: int, max_bytes: int) -> None:
         """Prepares a context.
@@ -48,14 +44,6 @@ class Compressor:
             raise ValueError(f"zstd level {level} is not between {ENTROPY_ONLY} and {MAX_LEVEL}")
         parameters = _parameters(level, max_bytes)
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        # The estimate is for one-shot use; streaming adds a buffer of window and block on the way
-        # in, and of compressBound(block) on the way out.
-        self.context_bytes: int = (
-            parameters.estimated_compression_context_size()
-            + (1 << parameters.window_log)
-            + 2 * _BLOCK_BYTES
-            + (_BLOCK_BYTES >> 8)
-        )
 
     def compress_into(self, source: ByteArray, out: ByteArray) -> int:
         """Compresses `source` to one zstd frame at the start of `out`. Releases the GIL.
@@ -75,12 +63,23 @@ class Compressor:
         return length if length < out.size else 0
 
 
+def compressor_bytes(level: int, max_bytes: int) -> int:
+    """Return what zstd holds at its peak, in bytes, of a `Compressor` made with these."""
+    parameters = _parameters(level, max_bytes)
+    # The estimate is for one-shot use; streaming adds a buffer of window and block on the way in,
+    # and of compressBound(block) on the way out.
+    return (
+        parameters.estimated_compression_context_size()
+        + (1 << parameters.window_log)
+        + 2 * _BLOCK_BYTES
+        + (_BLOCK_BYTES >> 8)
+    )
+
+
 class Decompressor:
     """A zstd context for decoding, reused from frame to frame. Belongs to one thread."""
 
     __slots__ = ("_decompressor",)
-
-    context_bytes: Final = int(zstandard.estimate_decompression_context_size())
 
     def __init__(self) -> None:
         """Prepares a context."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import struct
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import FormatError, LoadError
 from .tree import (
+    LITERALS,
     DictNode,
     ListNode,
     NamedTupleNode,
@@ -50,32 +51,51 @@ def _build(node: Node, bulk: Callable[[int], Any], values: Values) -> Any:
     if isinstance(node, TensorNode):
         return bulk(node.i)
     if isinstance(node, (DictNode, OrderedDictNode)):
-        pairs = [
-            (_build(key, bulk, values), _build(value, bulk, values))
-            for key, value in zip(node.keys, node.values, strict=True)
-        ]
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            raise LoadError(
-                "the checkpoint has a dict with keys that are the same here, as torch's dtypes and "
-                "their names are without torch"
-            )
-        if isinstance(node, DictNode):
-            return made
-        ordered: Any = collections.OrderedDict(made)
-        if node.metadata is not None:
-            ordered._metadata = _build(node.metadata, bulk, values)
-        return ordered
-    if isinstance(node, ListNode):
-        return [_build(item, bulk, values) for item in node.items]
-    if isinstance(node, TupleNode):
-        return tuple(_build(item, bulk, values) for item in node.items)
-    if isinstance(node, NamedTupleNode):
-        made = named_tuple(node.name, tuple(node.fields))
-        return made(*(_build(item, bulk, values) for item in node.items))
+        return _build_dict(node, bulk, values)
+    if isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
+        items = [_build(item, bulk, values) for item in node.items]
+        if isinstance(node, ListNode):
+            return items
+        if isinstance(node, TupleNode):
+            return tuple(items)
+        return named_tuple(node.name, tuple(node.fields))(*items)
     if isinstance(node, ObjectNode):
         return _build(node.state, bulk, values)
     return plain(node, values)
+
+
+def _build_dict(
+    node: DictNode | OrderedDictNode, bulk: Callable[[int], Any], values: Values
+) -> Any:
+    keys = build_keys(node.keys, values)
+    made = dict(zip(keys, [_build(value, bulk, values) for value in node.values], strict=True))
+    if len(made) < len(keys):
+        raise LoadError(
+            "the checkpoint has a dict with keys that are the same here, as torch's dtypes and "
+            "their names are without torch"
+        )
+    if isinstance(node, DictNode):
+        return made
+    ordered: Any = collections.OrderedDict(made)
+    if node.metadata is not None:
+        ordered._metadata = _build(node.metadata, bulk, values)
+    return ordered
+
+
+def build_keys(nodes: Sequence[Node], values: Values) -> Sequence[Any]:
+    """Return the keys of a dict's record: values, for which `is_key` holds.
+
+    Raises:
+        FormatError: one says something that cannot be; or what ``IMPOSSIBLE`` lists.
+        LoadError: ``values`` cannot make one.
+    """
+    if all(type(node) in LITERALS for node in nodes):  # as in nearly all dicts
+        return nodes
+    return [_build(node, _no_bulk, values) for node in nodes]
+
+
+def _no_bulk(i: int) -> Any:
+    raise AssertionError("unreachable: a key holds no leaf")
 
 
 _made: dict[tuple[str, tuple[str, ...]], Any] = {}

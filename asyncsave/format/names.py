@@ -9,11 +9,7 @@ from ..errors import MismatchError
 from .select import OMITTED, names
 from .tree import CONTAINERS, Node
 
-_FIRST = 20  # each takes time
-
-
 _COMPARED = 10_000
-
 
 _CHARACTERS = 16 << 20
 """Of names in all: a checkpoint may have a million, or one long key above many."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 
@@ -22,50 +21,71 @@ class _Omitted(msgspec.Struct, frozen=True):
     """What stands in a list for what was left out; never in a file."""
 
 
-OMITTED: Any = _Omitted()
+OMITTED: Node = _Omitted()  # type: ignore[assignment]
 
 
-def select(tree: Node, keys: str | Sequence[str], omitted: Node = None) -> tuple[Node, list[str]]:
+def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
     """Return ``tree`` without what ``keys`` does not name, and the keys that named nothing.
 
     A key is a glob (``*`` also matches dots) for a leaf or for a container, which then stays
-    whole. In dicts the other entries go; in lists and tuples they become ``omitted``, so that
-    positions stay as they were.
+    whole. In dicts the other entries go; in lists and tuples they become OMITTED, so that positions
+    stay as they were. So does the tree, if nothing is named. `completed` makes it one to build.
     """
-    patterns = patterns_of(keys)
-    used: set[str] = set()
+    selection = _Selection(patterns_of(keys))
+    return selection.of(tree, ""), selection.unused
 
-    def wanted(name: str) -> bool:
-        hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
-        used.update(hits)
+
+class _Selection:
+    """What some globs name in a tree."""
+
+    def __init__(self, patterns: list[str]) -> None:
+        self._patterns = patterns
+        self._used: set[str] = set()
+
+    @property
+    def unused(self) -> list[str]:
+        """The globs that have named nothing yet."""
+        return [pattern for pattern in self._patterns if pattern not in self._used]
+
+    def of(self, node: Node, name: str) -> Node:
+        """Return what is named of ``node``, whose fqn is ``name``; OMITTED if nothing is."""
+        if name and self._names(name):
+            self._note_inside(node, name)
+            return node
+        if isinstance(node, ObjectNode):
+            inner = self.of(node.state, name)
+            if inner is OMITTED:
+                return inner
+            return msgspec.structs.replace(node, state=inner)
+        prefix = f"{name}." if name else ""
+        parts = [self.of(part, (prefix + key)[:_LONGEST_NAME]) for key, part in children(node)]
+        if not isinstance(node, CONTAINERS) or all(part is OMITTED for part in parts):
+            return OMITTED
+        if isinstance(node, (DictNode, OrderedDictNode)):
+            return _of_dict(node, parts)
+        return msgspec.structs.replace(node, items=parts)
+
+    def _names(self, name: str) -> bool:
+        """Whether a glob names ``name``; those that do are noted."""
+        hits = [pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)]
+        self._used.update(hits)
         return bool(hits)
 
-    def walk(node: Node, name: str) -> tuple[bool, Node]:
-        if name and wanted(name):
-            if len(used) < len(patterns):  # a key for something inside is no mistake
-                for inner_name, _ in names(node, name):
-                    wanted(inner_name)
-            return True, node
-        if isinstance(node, ObjectNode):
-            kept, inner = walk(node.state, name)
-            return kept, msgspec.structs.replace(node, state=inner) if kept else omitted
-        if not isinstance(node, CONTAINERS):
-            return False, omitted
-        prefix = f"{name}." if name else ""
-        results = [walk(value, (prefix + key)[:_LONGEST_NAME]) for key, value in children(node)]
-        if not any(kept for kept, _ in results):
-            return False, omitted
-        if isinstance(node, (DictNode, OrderedDictNode)):
-            pairs = [
-                (key, value) for key, (kept, value) in zip(node.keys, results, strict=True) if kept
-            ]
-            return True, msgspec.structs.replace(
-                node, keys=[key for key, _ in pairs], values=[value for _, value in pairs]
-            )
-        return True, msgspec.structs.replace(node, items=[value for _, value in results])
+    def _note_inside(self, node: Node, name: str) -> None:
+        """Note the globs for something in what is whole anyhow: they are no mistakes."""
+        if self.unused:
+            for inner, _ in names(node, name):
+                self._names(inner)
 
-    _, pruned = walk(tree, "")
-    return pruned, [pattern for pattern in patterns if pattern not in used]
+
+def _of_dict(node: DictNode | OrderedDictNode, values: Sequence[Node]) -> Node:
+    """Return a dict's record with these values, without the keys of those that are OMITTED."""
+    pairs = [
+        (key, value) for key, value in zip(node.keys, values, strict=True) if value is not OMITTED
+    ]
+    return msgspec.structs.replace(
+        node, keys=[key for key, _ in pairs], values=[value for _, value in pairs]
+    )
 
 
 def patterns_of(keys: str | Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from ..errors import FormatError
+from .dtypes import numpy_dtype
 
 MAX_DEPTH = 64
 """Containers nested deeper than this are taken for a cycle, and refused on load too."""
@@ -26,9 +27,6 @@ MAX_ONE_HASH = 64
 """Of the keys of a dict, so many may have the same hash."""
 
 _HEX_INT = re.compile("-?[0-9a-f]+")
-
-# What `dtype.str` can be. numpy.dtype() takes far more: it warns of some, and evaluates others.
-_NUMPY_DTYPE = re.compile(r"[<>|][biufcSUMm][0-9]{1,10}(\[[0-9]{0,10}[A-Za-z]{1,2}\])?")
 
 # torch keeps the number of a device in a signed byte
 _DEVICE = re.compile(r"[a-z][a-z0-9_]{0,39}(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?")
@@ -223,20 +221,8 @@ def numpy_scalar(node: NumpyNode) -> np.generic:
     return np.frombuffer(node.data, dtype=dtype)[0]  # type: ignore[no-any-return]
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the dtype that ``name`` (a ``dtype.str``) says, if it is one that can be saved."""
-    try:
-        dtype = np.dtype(name) if _NUMPY_DTYPE.fullmatch(name) else None
-    except (TypeError, ValueError):
-        dtype = None
-    if dtype is not None and dtype.kind in "mM" and np.datetime_data(dtype)[1] < 1:
-        dtype = None
-    if dtype is None or dtype.str != name or not dtype.itemsize:
-        raise FormatError(
-            f"the checkpoint names the NumPy dtype {name!r:.40}, which is not allowed"
-        )
-    return dtype
-
+LITERALS = frozenset({bool, int, float, str, type(None)})
+"""Types of the nodes that are their own values."""
 
 CONTAINERS = (
     DictNode,

@@ -1,6 +1,6 @@
 """Validate: a tree of records from a file, before anything is built of it.
 
-Says of the tree what manifest.py says of the other records: what is not refused here can be built,
+Says of the tree what checked.py says of the other records: what is not refused here can be built,
 in time and memory that are proportional to its records. Pure: no threads, no files, no clock.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import FormatError
-from .build import IMPOSSIBLE, named_tuple, unflatten
+from .build import IMPOSSIBLE, build_keys, named_tuple
 from .tree import (
     CONTAINERS,
+    LITERALS,
     MAX_DEPTH,
     MAX_ONE_HASH,
     NAMES,
@@ -22,14 +23,11 @@ from .tree import (
     Node,
     OrderedDictNode,
     TensorNode,
-    TupleNode,
     is_key,
     key_name,
     parts,
     plain,
 )
-
-_THEMSELVES = {bool, int, float, str}
 
 
 def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> None:
@@ -42,7 +40,7 @@ def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> Non
     """
     if depth > 2 * MAX_DEPTH:
         raise FormatError(f"{path} has a tree of more than {2 * MAX_DEPTH} levels")
-    if node is None or type(node) in _THEMSELVES:  # most nodes of a large tree
+    if type(node) in LITERALS:  # most nodes of a large tree
         return
     if isinstance(node, TensorNode):
         if not 0 <= node.i < tensors:
@@ -76,7 +74,7 @@ def _validate_dict(node: DictNode | OrderedDictNode, path: object) -> None:
 
 def _built_keys(nodes: list[Node], path: object) -> Sequence[Any]:
     try:
-        keys: tuple[Any, ...] = unflatten(TupleNode(nodes), dict[int, Any]().__getitem__, NAMES)
+        keys = build_keys(nodes, NAMES)
         hashes = collections.Counter(map(hash, keys))
         for node in nodes:
             key_name(node)

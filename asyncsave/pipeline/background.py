@@ -1,6 +1,6 @@
 """Background: the threads of a pipeline, and how a save is handed over to them.
 
-What happens to a save there is in stages.py. This module is about beginnings and ends, which must
+What happens to a save there is in write.py. This module is about beginnings and ends, which must
 hold whatever the caller's thread does: it may be interrupted (Ctrl-C, or a signal's handler that
 raises) at any point. So
 
@@ -23,15 +23,13 @@ from collections.abc import Callable
 
 from ..codec.compression import Compression
 from ..errors import AsyncSaveError, ClosedError, SaveError
-from ..report import SaveReport
 from ..snapshot.snapshotter import Snapshotter
-from ..storage.filesystem import FileSystem
 from .budget import Memory, encoder_threads
 from .handle import closed, finish_at_exit
 from .moment import Moment
-from .save import Save
-from .stages import Stages
+from .save import Save, State
 from .workers import Workers
+from .write import Writing
 
 _log = logging.getLogger("asyncsave")
 _IO_THREADS = 2
@@ -51,7 +49,6 @@ class Background:
 
     def __init__(
         self,
-        filesystem: FileSystem,
         memory: Memory,
         snapshotter: Snapshotter,
         *,
@@ -60,7 +57,6 @@ class Background:
     ) -> None:
         self.saves: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
         self.over = self.drained = False
-        self._filesystem = filesystem
         self._memory = memory
         self._snapshotter = snapshotter
         self._compression = compression
@@ -113,8 +109,9 @@ class Background:
         with contextlib.suppress(queue.Empty):
             while True:
                 if (save := self.saves.get_nowait()) is not None:
-                    save.fail(self._memory.arenas)
-                    error = ClosedError(f"closed before {save.target.path} was saved")
+                    save.stop(self._memory.arenas)
+                    save.to(State.FAILED)
+                    error = ClosedError(f"closed before {save.target.place} was saved")
                     save.handle._set_error(error, seen=False)
 
     def end(self, then: Callable[[], None] | None = None) -> None:
@@ -165,42 +162,32 @@ class Background:
     def _live(self) -> None:
         assert self._loop is not None
         try:
-            encode, io = self._workers
-            stages = Stages(
-                self._filesystem,
+            encoders, io = self._workers
+            writing = Writing(
                 self._memory,
                 self._snapshotter,
                 compression=self._compression,
                 durable=self._durable,
-                encode=encode,
+                encoders=encoders,
                 io=io,
             )
             while (save := self.saves.get()) is not None:
-                self._carry_out(save, self._loop, stages)
+                self._carry_out(save, self._loop, writing)
                 del save  # or it would keep the state's tree until the next one comes
         finally:
             self._release()
 
-    def _carry_out(self, save: Save, loop: asyncio.AbstractEventLoop, stages: Stages) -> None:
-        report: SaveReport | None = None
-        error: BaseException | None = None
+    def _carry_out(self, save: Save, loop: asyncio.AbstractEventLoop, writing: Writing) -> None:
         try:
-            report = loop.run_until_complete(stages.write(save))
+            report = loop.run_until_complete(writing.write(save))
         except BaseException as caught:  # whatever it is, it belongs to who holds the handle
-            error = caught
-        if error is None:
-            assert report is not None
+            stopped = save.staging_error
+            if isinstance(stopped, Exception):  # what went wrong here is the same failure
+                save.handle._set_error(_ours(stopped, save), seen=True)
+            else:
+                save.handle._set_error(_ours(caught, save), seen=caught is save.left_early)
+        else:
             save.handle._set_report(report)
-            return
-        stopped = save.staging_error
-        if isinstance(stopped, Exception):
-            error = stopped  # the caller has it: what went wrong here is the same failure
-        seen = not save.complete and (error is stopped or error.__cause__ is stopped)
-        if not isinstance(error, AsyncSaveError):
-            wrapped = SaveError(f"saving {save.target.path} failed: {error!r}")
-            wrapped.__cause__ = error
-            error = wrapped
-        save.handle._set_error(error, seen=seen)
 
     def _release(self) -> None:
         """Give everything back. Saves that come too late for it fail."""
@@ -219,6 +206,14 @@ class Background:
                 _log.exception("tidying up after the last save failed")
         closed(self)  # last: at exit, what is open is waited for before errors are looked at
         self._ended.set()
+
+
+def _ours(error: BaseException, save: Save) -> BaseException:
+    if isinstance(error, AsyncSaveError):
+        return error
+    wrapped = SaveError(f"saving {save.target.place} failed: {error!r}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:

@@ -17,10 +17,10 @@ from typing import Literal
 
 from ..available import available_memory
 from ..codec.compression import Compression
-from ..codec.frame import Encoder
+from ..codec.frame import Encoder, encoder_bytes
 from ..errors import ConfigError, StagingError
+from ..pages import padded
 from ..snapshot.arena import Arena
-from ..storage.writer import padded
 from .choose import AUTO_LEVEL
 
 MemoryLimit = int | str
@@ -41,8 +41,8 @@ _MIN_SLOTS = 2
 # With fewer, staging waits for single chunks, and smaller ones serve better. Measured, 647 MiB in
 # 128 MiB of memory: 0.36 s with 8 at least, 0.39 with 4, 0.41 with 2, 0.37 with 16; at level 1 all
 # are the same, 0.66 to 0.68 s.
-_GOOD_SLOTS = 8
-_AROUND_BYTES = 3 << 20
+_PREFERRED_SLOTS = 8
+_HEAP_RESERVE_BYTES = 3 << 20
 """Kept free for what encoding takes from the heap beside what is counted: measured, 2.7 MiB.
 
 A third of it without encoding: measured, 0.7 MiB.
@@ -117,7 +117,7 @@ def divide(
     Args:
         limit: ``memory_limit``; "auto" takes the whole state if that is at most half of the memory
             that is available, else that half.
-        groups: bytes of each group of the state's plan; a group begins a chunk of its own.
+        groups: bytes of each group of the state's layout; a group begins a chunk of its own.
         setting: the compression; None for "auto".
         held: what the pipeline holds already, and will give back first.
 
@@ -126,7 +126,7 @@ def divide(
     """
     allowed = (available_memory() + held) // 2 if limit == "auto" else limit
     encodes = setting is None or setting.level > 0
-    allowed -= min(_AROUND_BYTES if encodes else _AROUND_BYTES // 3, allowed // 5)
+    allowed -= min(_HEAP_RESERVE_BYTES if encodes else _HEAP_RESERVE_BYTES // 3, allowed // 5)
     best: Budget | None = None
     least = 0
     for chunk_bytes in _halves(CHUNK_BYTES, MIN_CHUNK_BYTES):
@@ -135,7 +135,7 @@ def divide(
             beside = wanted.total_bytes - wanted.slots * wanted.slot_bytes
             slots = min(wanted.slots, (allowed - beside) // wanted.slot_bytes)
             fitted = dataclasses.replace(wanted, slots=slots)
-            if slots >= min(wanted.slots, _GOOD_SLOTS):
+            if slots >= min(wanted.slots, _PREFERRED_SLOTS):
                 return fitted
             fewest = min(wanted.slots, _MIN_SLOTS)
             least = beside + fewest * wanted.slot_bytes
@@ -165,10 +165,10 @@ def _wanted(
     slots = max(1, sum(-(-nbytes // chunk_bytes) for nbytes in groups))
     if level == 0:
         return Budget(chunk_bytes, slot_bytes, slots, 0, encoders, 0)
-    encoder_bytes = Encoder(level, slot_bytes, byte_planes).memory_bytes
+    each_bytes = encoder_bytes(level, slot_bytes, byte_planes)
     # A frame is encoded into by each encoder, one is being written, one waits. Measured, 647 MiB
     # with one encoder: 0.54 s with 3 frames, 0.58 with 2, 0.57 with 4, 0.60 with 5.
-    return Budget(chunk_bytes, slot_bytes, slots, encoders + 2, encoders, encoder_bytes)
+    return Budget(chunk_bytes, slot_bytes, slots, encoders + 2, encoders, each_bytes)
 
 
 class Memory:
@@ -192,8 +192,9 @@ class Memory:
 
     @property
     def chunk_bytes(self) -> int:
-        """Longest chunk that states should be planned with."""
-        return self.budget.chunk_bytes if self.budget else CHUNK_BYTES
+        """Longest chunk that fits a slot; after `fit`."""
+        assert self.budget is not None
+        return self.budget.chunk_bytes
 
     @property
     def nbytes(self) -> int:
@@ -208,10 +209,10 @@ class Memory:
         return [arena for arena in (self.slots, self.frames) if arena is not None]
 
     def fit(self, groups: tuple[int, ...], *, pin: bool) -> bool:
-        """Make all fit a plan with these groups; what is there stays, if it does.
+        """Make all fit a layout whose groups have these lengths; what is there stays, if it does.
 
         Returns:
-            Whether slots were replaced. If `chunk_bytes` changed, the state must be planned anew.
+            Whether slots were replaced.
 
         Raises:
             ConfigError: the limit is too small for this state.

@@ -1,4 +1,4 @@
-"""Choose: which level a chunk is encoded with.
+"""Choose: whether a chunk is encoded.
 
 ``compression="auto"`` is settled per chunk, from what the last chunks took: writing at ``w`` bytes
 per second takes ``1/w`` per byte uncompressed; encoding at ``e`` (all encoders together) to a
@@ -16,15 +16,13 @@ measured is told to it.
 
 from __future__ import annotations
 
+import enum
 import threading
 
 from ..codec.compression import Compression
 
 AUTO_LEVEL = 1
-TRY = -1
-"""Not a level: store the chunk as it is, but encode `TRY_BYTES` of it to see what that brings."""
-
-TRY_BYTES = 4 << 20
+PROBE_BYTES = 4 << 20
 LEAST_WRITES = 2
 """Frames that must have been written before the disk is known."""
 
@@ -34,8 +32,16 @@ _FADE = 0.85  # how much a frame's measurement counts once the next one is there
 _SYNC_FADE = 0.5  # the same for syncs, of which a save has one
 
 
+class Pick(enum.Enum):
+    """What is done with a chunk."""
+
+    RAW = enum.auto()  # stored as it is
+    PROBE = enum.auto()  # the same, but `PROBE_BYTES` of it are encoded to see what that brings
+    ENCODE = enum.auto()
+
+
 class Chooser:
-    """Picks levels. Encoders call `encoded`, the event loop all else."""
+    """Picks for each chunk. Encoders call `encoded`, the event loop all else."""
 
     def __init__(self, setting: Compression | None, encoders: int) -> None:
         self._fixed = None if setting is None else setting.level
@@ -47,7 +53,7 @@ class Chooser:
         self._raw_bytes = self._encoded_bytes = self._encode_seconds = 0.0
 
     @property
-    def waits(self) -> bool:
+    def adapts(self) -> bool:
         """Whether picks depend on what was measured, so that they are best made late."""
         return self._fixed is None
 
@@ -55,15 +61,15 @@ class Chooser:
         """Note that the next chunk is the first of a save."""
         self._picks = 0
 
-    def pick(self) -> int:
-        """Return the level for the next chunk, 0 for none, or `TRY`."""
+    def pick(self) -> Pick:
+        """Return what to do with the next chunk."""
         if self._fixed is not None:
-            return self._fixed
+            return Pick.ENCODE if self._fixed else Pick.RAW
         with self._lock:
             self._picks += 1
             if self._pays():
-                return AUTO_LEVEL
-            return TRY if self._picks == 2 else 0
+                return Pick.ENCODE
+            return Pick.PROBE if self._picks == 2 else Pick.RAW
 
     def _pays(self) -> bool:
         """Whether encoding has been better than not."""

@@ -5,7 +5,8 @@
           ▲                        ▲                                            commit
           └── slots ───────────────┴── frames: whoever wants one waits for it ──┘
 
-This module is the training thread's part, stages.py all else; background.py is what is between.
+This module is the training thread's part, encode.py and write.py all else; background.py is what is
+between.
 
 What bounds it: a chunk is somewhere only if it has a slot or a frame, and there are as many of both
 as the budget allows. Queues between the stages are no longer than that. One save is at work at a
@@ -28,13 +29,13 @@ from ..codec.compression import Compression
 from ..errors import ClosedError, SaveError, StagingError
 from ..snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from ..snapshot.snapshotter import Snapshotter, Staged
+from ..state.chunks import Plan
 from ..state.flatten import Flat, flatten
-from ..state.plan import Plan, Planner
-from ..storage.filesystem import FileSystem
+from ..state.layout import Layouts
 from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
-from .save import Save, Target
+from .save import Save, Snapshot, Target
 from .watchdog import STALL_WARNING_SECONDS, Watchdog
 
 
@@ -53,7 +54,6 @@ class Pipeline:
 
     def __init__(
         self,
-        filesystem: FileSystem,
         *,
         compression: Compression | None,
         memory_limit: int | Literal["auto"],
@@ -66,11 +66,12 @@ class Pipeline:
             transport = CudaTransport()
         self._memory = Memory(memory_limit, compression)
         self._stall_warning_seconds = stall_warning_seconds
-        self._planner: Planner | None = None
-        self._snapshotter = Snapshotter(transport, overlap=overlap)
+        self._layouts: Layouts | None = None
+        self._plan: Plan | None = None
+        self._snapshotter = Snapshotter(transport)
+        self._overlap = overlap
         self._current: SaveHandle | None = None
         self._background = Background(
-            filesystem,
             self._memory,
             self._snapshotter,
             compression=compression,
@@ -113,10 +114,10 @@ class Pipeline:
         return handle
 
     def _save(self, state: Any, target: Target, began: float) -> SaveHandle:
-        flat = flatten(state)
-        plan = self._fit(flat)
-        handle = SaveHandle(target.step, target.path)
-        watchdog = Watchdog(target.path, self._stall_warning_seconds)
+        flat, plan = self._fit(state)
+        path = target.place.path
+        handle = SaveHandle(target.step, path)
+        watchdog = Watchdog(path, self._stall_warning_seconds)
         save = Save(target, flat, plan, handle, watchdog, began)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
@@ -126,20 +127,27 @@ class Pipeline:
                 # the first line or after the second, as there is no call between them.
                 self._current = handle
                 self._background.saves.put(save)
-                try:
-                    if self._background.drained:  # since this call began, as the program ends
-                        self._background.refuse_rest()
-                        handle.result()
-                    self._stage(flat, save)
-                    save.blocked_seconds = save.elapsed()
-                    save.complete = True
-                except BaseException as error:
-                    save.staging_error = error
-                    save.failed = True
-                    raise
+                self._take(flat, save)
         finally:
             self._background.wake(save)
         return handle
+
+    def _take(self, flat: Flat, save: Save) -> None:
+        """Take the snapshot, and say in the end what became of it."""
+        try:
+            if self._background.drained:  # since this call began, as the program ends
+                self._background.refuse_rest()
+                save.handle.result()
+            whole = self._stage(flat, save)
+            save.blocked_seconds = save.elapsed()
+        except BaseException as error:
+            save.staging_error = error
+            save.to(Snapshot.BROKEN)
+            raise
+        if not whole:
+            save.to(Snapshot.BROKEN)
+        else:
+            save.to(Snapshot.STAGED if save.late is None else Snapshot.QUEUED)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Let the background call something; a signal's handler may ask for it."""
@@ -148,7 +156,7 @@ class Pipeline:
     def prewarm(self, state: Any) -> None:
         """Take (and pin) the memory that saving ``state`` will need, without saving it."""
         self._refuse_closed()
-        self._fit(flatten(state))
+        self._fit(state)
         for arena in self._memory.arenas:
             arena.touch()
 
@@ -168,26 +176,37 @@ class Pipeline:
         if self._background.over:
             raise ClosedError("it was closed (perhaps that was interrupted), or the program ends")
 
-    def _fit(self, flat: Flat) -> Plan:
-        """Plan a state, and make memory fit the plan."""
-        # Taken out while it works: one that was interrupted may remember half of a plan.
-        planner, self._planner = self._planner or Planner(), None
-        late = self._snapshotter.late(flat)
-        chunk_bytes = self._memory.chunk_bytes
-        plan = planner.plan(flat, chunk_bytes, late)
-        try:
-            if self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat)):
-                self._snapshotter.forget()
-            if self._memory.chunk_bytes != chunk_bytes:
-                plan = planner.plan(flat, self._memory.chunk_bytes, late)
-                self._memory.fit(plan.groups, pin=self._snapshotter.on_device(flat))
-        except (OSError, MemoryError) as cause:
-            raise SaveError(f"cannot take the memory that this save needs: {cause}") from cause
-        self._planner = planner
-        return plan
+    def _fit(self, state: Any) -> tuple[Flat, Plan]:
+        """Take a state apart, lay it out, make memory fit, and cut it into chunks.
 
-    def _stage(self, flat: Flat, save: Save) -> None:
-        """Copy all chunks into slots, in waves if there are fewer slots than chunks."""
+        Raises:
+            StateError: it cannot be saved.
+            SaveError, ConfigError: the memory that it takes cannot be had.
+        """
+        # Taken out while they work: what was interrupted may remember half of a layout.
+        layouts, self._layouts = self._layouts or Layouts(), None
+        transport = self._snapshotter.transport
+        owns = None if transport is None else transport.owns
+        flat = flatten(state, owns, overlap=self._overlap)
+        layout = layouts.of(flat)
+        pin = flat.on_device and transport is not None and transport.pinned
+        try:
+            replaced = self._memory.fit(tuple(group.nbytes for group in layout.groups), pin=pin)
+        except (OSError, MemoryError) as cause:  # how much there is could not even be looked up
+            raise SaveError(f"cannot take the memory that this save needs: {cause}") from cause
+        if replaced:
+            self._snapshotter.forget()
+        plan, chunk_bytes = self._plan, self._memory.chunk_bytes
+        if plan is None or plan.layout is not layout or plan.chunk_bytes != chunk_bytes:
+            plan = self._plan = Plan.cut(layout, chunk_bytes)
+        self._layouts = layouts
+        return flat, plan
+
+    def _stage(self, flat: Flat, save: Save) -> bool:
+        """Copy all chunks into slots, in waves if there are fewer slots than chunks.
+
+        Returns whether all were copied; if not, the save has failed meanwhile.
+        """
         slots = self._memory.slots
         assert slots is not None
         ready: list[Staged] = []
@@ -201,7 +220,7 @@ class Pipeline:
                 ready = []
                 slot = slots.acquire(chunk.index, give_up=save.has_failed)
                 if slot is None:
-                    return  # the save has failed meanwhile, and its handle says why
+                    return False
             staged = self._snapshotter.stage(flat, save.plan, chunk, slot, save.late)
             ready.append(staged)
             if staged.event is not None and staged.late is None:
@@ -213,6 +232,5 @@ class Pipeline:
                 event.synchronize()
         except RuntimeError as cause:
             raise StagingError(f"a copy from the device failed: {cause}") from cause
-        if save.late is None:
-            save.note_staged()
         save.staged.extend(ready)
+        return True

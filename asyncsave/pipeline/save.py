@@ -1,29 +1,83 @@
-"""Save: one save in flight. What it is to become, what it holds, how far it is."""
+"""Save: one save in flight, as a table of states, and what its threads share.
+
+Two machines, as writing begins while later chunks are still being copied:
+
+    snapshot   STAGING ─┬▶ QUEUED ──▶ STAGED       the thread that saves; at last the event loop
+                        ├───────────────▲
+                        └▶ BROKEN
+    file       CREATING ▶ WRITING ▶ SEALING ▶ PUBLISHING ▶ DURABLE ▶ DONE        the event loop
+                  └──────────┴─────────┴──────────┴──▶ UNDOING ▶ FAILED
+                                                  └──▶ UNKNOWN
+
+and one rule between them: a file is sealed only of a snapshot that is STAGED. `Save.to` is the only
+way from one state to the next; it refuses all others, so no error can undo what is DURABLE. What is
+said of a save that stands still, and when it was staged and durable, comes from here, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import enum
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..format.lineage import NO_LINEAGE, Lineage
-from ..format.manifest import ChunkRecord
+from ..format.records import ChunkRecord
 from ..report import SaveReport
-from ..snapshot.arena import Arena, Slot
+from ..snapshot.arena import Arena
 from ..snapshot.fence import LateCopies
 from ..snapshot.snapshotter import Staged
+from ..state.chunks import Plan
 from ..state.flatten import Flat
-from ..state.plan import Chunk, Plan
-from ..storage.writer import padded
+from ..storage.place import Place
 from .handle import SaveHandle
 from .watchdog import Watchdog
 
 _log = logging.getLogger("asyncsave")
+
+
+class Snapshot(enum.Enum):
+    """How far the copies of a save's state are; the value is what is said if they stand still."""
+
+    STAGING = "copying the state in the thread that saves"
+    QUEUED = "copying from the device"
+    STAGED = "encoding the last chunks"
+    BROKEN = "waiting for what is at work to stop"
+
+
+class State(enum.Enum):
+    """How far a save's files are; the value is what is said if they stand still."""
+
+    CREATING = "creating files"
+    WRITING = ""  # what its end waits for, or what the snapshot does
+    SEALING = "syncing the data file"
+    PUBLISHING = "syncing and committing"
+    DURABLE = "removing older checkpoints"
+    DONE = "done"
+    UNDOING = "cleaning up after it failed"
+    FAILED = "failed"
+    UNKNOWN = "in place, but perhaps not on disk"
+
+
+NEXT: dict[Snapshot | State, set[Snapshot | State]] = {
+    Snapshot.STAGING: {Snapshot.QUEUED, Snapshot.STAGED, Snapshot.BROKEN},
+    Snapshot.QUEUED: {Snapshot.STAGED},
+    Snapshot.STAGED: set(),
+    Snapshot.BROKEN: set(),
+    State.CREATING: {State.WRITING, State.UNDOING},
+    State.WRITING: {State.SEALING, State.UNDOING},
+    State.SEALING: {State.PUBLISHING, State.UNDOING},
+    State.PUBLISHING: {State.DURABLE, State.UNDOING, State.UNKNOWN},
+    State.DURABLE: {State.DONE},
+    State.DONE: set(),
+    State.UNDOING: {State.FAILED},
+    State.FAILED: set(),
+    State.UNKNOWN: set(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +85,7 @@ class Target:
     """What a save is to become.
 
     Attributes:
-        path: the checkpoint's directory.
+        place: the checkpoint's directory.
         step: the training step, or None.
         lineage: its place in a run.
         replace: a checkpoint that is there already is replaced.
@@ -40,7 +94,7 @@ class Target:
         then: called in the background once the checkpoint is durable, for retention.
     """
 
-    path: Path
+    place: Place
     step: int | None = None
     lineage: Lineage = NO_LINEAGE
     replace: bool = False
@@ -49,49 +103,28 @@ class Target:
     then: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """An encoded chunk: the first ``length`` bytes of ``slot``, which is of ``arena``."""
-
-    chunk: Chunk
-    arena: Arena
-    slot: Slot
-    length: int
-    coding: str
-    parts: tuple[int, ...]
-    digest: str
-    raw_digest: str
-
-    def pad(self) -> int:
-        """Fill its last page up with zeros; return how long all its pages are."""
-        end = padded(self.length)
-        self.slot.array[self.length : end] = 0
-        return end
-
-    def follows(self, other: Frame) -> bool:
-        """Whether its bytes in memory follow right behind those of another one."""
-        return (
-            self.arena is other.arena
-            and self.slot.index == other.slot.index + 1
-            and other.length == other.slot.nbytes
-        )
-
-
 class Save:
-    """The state of one save in flight.
+    """One save in flight.
 
-    The thread that saves holds ``staging`` for as long as it copies, and sets ``complete`` as the
-    last thing in it. However it leaves (done, or by an error, or by an interrupt at any point), the
-    lock is free then: a ``with`` on it is entered and left in one step each. So the background
-    knows that nothing more will come, whether or not anybody could tell it; see `Stages.next`.
+    The thread that saves holds ``staging`` for as long as it copies, and says as the last thing in
+    it what became of the snapshot. However it leaves (done, or by an error, or by an interrupt at
+    any point), the lock is free then: a ``with`` on it is entered and left in one step each. So the
+    background knows that nothing more will come, whether or not anybody could tell it; see
+    `encode._Feed`.
 
     Attributes:
+        target, tree, names, plan, handle, watchdog: given; nobody changes them.
+        began: when the caller was called (``time.perf_counter``).
+        late: the copies that may go on after the call, if there are any.
+        snapshot, state: how far it is, see `to`.
         staging: held by the thread that saves; free once it has left.
-        staged: chunks that it has copied, in order.
+        staged: chunks that it has copied, in order. It appends, the event loop takes.
+        staging_error: what made it leave before all was copied, if it could be noted.
         wake: set when there may be more of them, or no more.
-        complete: it has copied all, or stopped since the save had ``failed``.
-        staging_error: what made it leave before that, if it could be noted.
-        failed: whoever works for this save may stop.
+        left_early: the error of the background that tells of that; the caller knows it already.
+        chunks: where each chunk is in the data file, by index. The event loop's.
+        blocked_seconds, staged_seconds, durable_seconds: how long after ``began`` the call
+            returned, and the states STAGED and DURABLE were reached.
     """
 
     def __init__(
@@ -111,42 +144,59 @@ class Save:
         self.watchdog = watchdog
         self.began = began
         self.late: LateCopies | None = None
+        self.snapshot = Snapshot.STAGING
+        self.state = State.CREATING
         self.staging = threading.Lock()
         self.staged: collections.deque[Staged] = collections.deque()
-        self.wake = asyncio.Event()
-        self.complete = False
         self.staging_error: BaseException | None = None
-        self.failed = False
-        self.blocked_seconds = 0.0
-        self.staged_seconds = 0.0
+        self.wake = asyncio.Event()
+        self.left_early: BaseException | None = None
         self.chunks: dict[int, ChunkRecord] = {}
+        self.blocked_seconds = self.staged_seconds = self.durable_seconds = 0.0
+
+    def to(self, state: Snapshot | State) -> None:
+        """Go on to the next state of one of the two machines.
+
+        Raises:
+            RuntimeError: the table has no such arrow; nothing was changed.
+        """
+        now = self.snapshot if isinstance(state, Snapshot) else self.state
+        if state not in NEXT[now]:
+            raise RuntimeError(f"a save goes from {now} to one of {NEXT[now]}, not to {state}")
+        if state is State.SEALING and self.snapshot is not Snapshot.STAGED:
+            raise RuntimeError(f"a save whose snapshot is {self.snapshot} cannot be sealed")
+        if isinstance(state, Snapshot):
+            self.snapshot = state
+            if state is Snapshot.STAGED:
+                self.staged_seconds = self.elapsed()
+                self.handle._set_staged()
+            return
+        self.state = state
+        if state is State.DURABLE:
+            self.durable_seconds = self.elapsed()
+        self.watchdog.writing(state.value)
 
     def has_failed(self) -> bool:
-        """Whether whoever waits for this save may give up."""
-        return self.failed
+        """Whether whoever works or waits for this save may give up."""
+        return self.snapshot is Snapshot.BROKEN or self.state in (State.UNDOING, State.FAILED)
 
-    def fail(self, arenas: Iterable[Arena]) -> None:
-        """Stop whoever works for this save, or waits in one of ``arenas``."""
-        self.failed = True
-        for arena in arenas:
-            arena.wake()
-
-    def note_staged(self) -> None:
-        """Note that the snapshot is taken."""
-        self.staged_seconds = self.elapsed()
-        self.handle._set_staged()
+    def stop(self, arenas: Iterable[Arena]) -> None:
+        """Begin to undo it, and let who works for it see that, or waits in one of ``arenas``."""
+        if self.state is not State.UNDOING:
+            self.to(State.UNDOING)
+            for arena in arenas:
+                arena.wake()
 
     def report(self, stored_bytes: int, peak_memory_bytes: int) -> SaveReport:
         """Return what the save has cost, now that it is durable; waits for the fence's figures."""
-        durable_seconds = self.elapsed()
         return SaveReport(
             step=self.target.step,
-            path=self.target.path,
+            path=self.target.place.path,
             blocked_seconds=self.blocked_seconds,
             fence_seconds=self._fence_seconds(),
             staged_seconds=self.staged_seconds,
-            durable_seconds=durable_seconds,
-            raw_bytes=self.plan.nbytes,
+            durable_seconds=self.durable_seconds,
+            raw_bytes=self.plan.layout.nbytes,
             stored_bytes=stored_bytes,
             peak_memory_bytes=peak_memory_bytes,
             chunks=len(self.chunks),

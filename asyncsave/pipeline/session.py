@@ -12,7 +12,6 @@ from typing import Any, Self
 
 from ..codec.compression import CompressionSetting, parse_compression
 from ..report import Stats
-from ..storage.filesystem import FileSystem
 from .budget import MemoryLimit, parse_limit
 from .handle import ends_well
 from .pipeline import Pipeline
@@ -35,7 +34,6 @@ class Session:
 
     def __init__(
         self,
-        filesystem: FileSystem,
         *,
         compression: CompressionSetting,
         memory_limit: MemoryLimit,
@@ -46,9 +44,7 @@ class Session:
         on_error: OnError = "raise",
     ) -> None:
         check_policies(on_busy, on_error)
-        self._filesystem = filesystem
         self._pipeline = Pipeline(
-            filesystem,
             compression=parse_compression(compression),
             memory_limit=parse_limit(memory_limit),
             overlap=overlap,

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError, LoadError
 from ..format.build import IMPOSSIBLE, unflatten
-from ..format.dtypes import DTYPES
-from ..format.manifest import TensorRecord, extent_bytes
+from ..format.leaf import Leaf
 from ..format.names import refuse_unused
-from ..format.select import select
-from ..format.tree import Node, Values, bulk_indices, numpy_dtype
+from ..format.select import completed, select
+from ..format.tree import Node, Values, bulk_indices
 from ..pages import Bytes
-from ..storage.filesystem import FileSystem
-from .checkpoint import Checkpoint, Run
+from ..storage.place import Place
+from .checkpoint import Checkpoint
+from .fill import Fill
 from .groups import grouped
 from .newest import first_sound
 
@@ -29,8 +28,8 @@ _VALUES = Values(size=tuple, dtype="torch.{}".format, device=str)
 """For what is torch's own: tuples, and names as torch's."""
 
 
-def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | None) -> Any:
-    """Return the state of the newest sound checkpoint at ``path``, with arrays for tensors.
+def load_arrays(place: Place, keys: str | Sequence[str] | None) -> Any:
+    """Return the state of the newest sound checkpoint at ``place``, with arrays for tensors.
 
     Args:
         keys: globs of fqns; None for all.
@@ -42,33 +41,35 @@ def load_arrays(filesystem: FileSystem, path: Path, keys: str | Sequence[str] | 
     """
 
     def use(checkpoint: Checkpoint) -> Any:
-        tree: Node = checkpoint.rank.tree
+        tree: Node = checkpoint.tree
         if keys is not None:
             tree, unused = select(tree, keys)
-            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
-        bulk = _read(checkpoint, sorted(set(bulk_indices(tree))))
+            refuse_unused(checkpoint.path, checkpoint.tree, unused, "keys")
+            tree = completed(tree)
+        wanted = [checkpoint.leaves[i] for i in sorted(set(bulk_indices(tree)))]
+        bulk = _read(checkpoint, wanted)
         return unflatten(tree, bulk.__getitem__, _VALUES)
 
-    return first_sound(filesystem, path, use)
+    return first_sound(place, use)
 
 
-def _read(checkpoint: Checkpoint, indices: Sequence[int]) -> dict[int, Any]:
-    """Return leaves, by index."""
-    tensors = checkpoint.rank.tensors
-    dtypes = {i: _dtype(tensors[i]) for i in indices}  # refused before a byte is read
-    groups = grouped(tensors, indices)
-    memories = [_memory(group.pad + group.stop - group.start) for group in groups]
+def _read(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> dict[int, Any]:
+    """Return the values of leaves, by index."""
+    dtypes = {leaf.index: _dtype(leaf) for leaf in leaves}  # refused before a byte is read
+    groups = grouped(leaves)
+    memories = [_memory(group.pad + group.nbytes) for group in groups]
+    pairs = list(zip(groups, memories, strict=True))
     checkpoint.read(
         [
-            Run(group.start, group.stop - group.start, memory[group.pad :])
-            for group, memory in zip(groups, memories, strict=True)
+            Fill(group.start, group.nbytes, memory[group.pad :], rank=group.rank)
+            for group, memory in pairs
         ]
     )
     bulk = {}
-    for group, memory in zip(groups, memories, strict=True):
-        for i in group.members:
-            offset = group.pad + tensors[i].shards[0].start - group.start
-            bulk[i] = _value(memory, offset, tensors[i], dtypes[i])
+    for group, memory in pairs:
+        for leaf in group.members:
+            offset = group.pad + leaf.start - group.start
+            bulk[leaf.index] = _value(memory, offset, leaf, dtypes[leaf.index])
     return bulk
 
 
@@ -79,47 +80,45 @@ def _memory(nbytes: int) -> Bytes:
         raise LoadError(f"there is no memory for an array of {nbytes} bytes: {cause}") from cause
 
 
-def _value(memory: Bytes, offset: int, record: TensorRecord, dtype: np.dtype[Any]) -> Any:
-    raw = memory[offset : offset + extent_bytes(record)]
-    if record.kind == "bytes":
+def _value(memory: Bytes, offset: int, leaf: Leaf, dtype: np.dtype[Any]) -> Any:
+    """Return the value of a leaf, whose first byte is at ``offset`` in ``memory``."""
+    raw = memory[offset : offset + leaf.nbytes]
+    if leaf.kind == "bytes":
         return raw.tobytes()
     try:
         if raw.size == 0:
-            return np.empty(record.shape, dtype)
-        strides = record.shards[0].strides
-        if strides is None:
-            return raw.view(dtype).reshape(record.shape)
+            return np.empty(leaf.shape, dtype)
+        if leaf.strides is None:
+            return raw.view(dtype).reshape(leaf.shape)
         # one element has no next one: its step may be any number, also beyond what NumPy takes
         steps = [
             step * dtype.itemsize if size > 1 else 0
-            for size, step in zip(record.shape, strides, strict=True)
+            for size, step in zip(leaf.shape, leaf.strides, strict=True)
         ]
-        return np.ndarray(record.shape, dtype, raw, strides=steps)  # which checks bounds
+        return np.ndarray(leaf.shape, dtype, raw, strides=steps)  # which checks bounds
     except IMPOSSIBLE as cause:
         raise LoadError(
-            f"{record.name!r:.80} has the shape {record.shape}, which NumPy cannot have: {cause}"
+            f"{leaf.name!r:.80} has the shape {leaf.shape}, which NumPy cannot have: {cause}"
         ) from cause
 
 
-def _dtype(record: TensorRecord) -> np.dtype[Any]:
+def _dtype(leaf: Leaf) -> np.dtype[Any]:
     """Return NumPy's dtype of a leaf's elements; unsigned integers for what NumPy has none for.
 
     Raises:
         ConfigError: ml_dtypes has it, and is not there.
     """
-    if record.kind == "numpy":
-        return numpy_dtype(record.dtype)
-    known = DTYPES[record.dtype]
-    if known.numpy:
-        return np.dtype("<" + known.numpy)
-    if known.ml_dtypes:
+    row = leaf.dtype
+    if row.numpy:
+        return np.dtype(row.numpy)
+    if row.ml_dtypes:
         try:
             module = importlib.import_module("ml_dtypes")
-            dtype: np.dtype[Any] = np.dtype(getattr(module, known.ml_dtypes))
+            dtype: np.dtype[Any] = np.dtype(getattr(module, row.ml_dtypes))
         except (ImportError, AttributeError) as cause:
             raise ConfigError(
-                f"{record.name!r:.80} has dtype {record.dtype}, which NumPy knows through the "
-                "package ml_dtypes alone: pip install ml_dtypes"
+                f"{leaf.name!r:.80} has dtype {row.name}, which NumPy knows through the package "
+                "ml_dtypes alone: pip install ml_dtypes"
             ) from cause
         return dtype
-    return np.dtype(f"<u{known.nbytes}")
+    return np.dtype(f"<u{row.nbytes}")

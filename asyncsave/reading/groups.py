@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable
+
+import msgspec
 
 from ..errors import FormatError
-from ..format.manifest import TensorRecord, extent_bytes, item_bytes
+from ..format.leaf import Leaf
+
+_MOST_ALIGNED = 16
+"""Longer elements than this, of text, need not be aligned to their length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, gc=False):
     """Leaves in one piece of memory.
 
     Attributes:
+        rank: whose addresses they have.
         start: the first address that any of them has.
         stop: the address behind the last one.
         pad: bytes to leave free before ``start`` in memory aligned to 16, for all to be aligned.
-        members: their indices.
+        members: the leaves.
     """
 
+    rank: int
     start: int
     stop: int
     pad: int
-    members: tuple[int, ...]
+    members: tuple[Leaf, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of address space they have."""
+        return self.stop - self.start
 
 
-def grouped(tensors: Sequence[TensorRecord], indices: Iterable[int]) -> list[Group]:
+def grouped(leaves: Iterable[Leaf]) -> list[Group]:
     """Return leaves in groups: those whose addresses overlap are in one. An empty one is alone.
 
     Raises:
         FormatError: leaves overlap in a way in which not all can be aligned.
     """
     groups: list[Group] = []
-    spans = [(tensors[i].shards[0].start, extent_bytes(tensors[i]), i) for i in indices]
-    start = stop = 0
-    members: list[int] = []
-    for first, nbytes, i in sorted(span for span in spans if span[1]):
-        if first >= stop:
-            if members:
-                groups.append(_group(tensors, start, stop, members))
-            start, members = first, []
-        stop = max(stop, first + nbytes)
-        members.append(i)
+    empty: list[Group] = []
+    members: list[Leaf] = []
+    rank = stop = 0
+    for leaf in sorted(leaves, key=operator.attrgetter("rank", "start", "stop", "index")):
+        if not leaf.nbytes:
+            empty.append(Group(leaf.rank, 0, 0, 0, (leaf,)))
+            continue
+        if members and (leaf.start >= stop or leaf.rank != rank):
+            groups.append(_group(members, stop))
+            members = []
+        stop = max(stop, leaf.stop) if members else leaf.stop
+        rank = leaf.rank
+        members.append(leaf)
     if members:
-        groups.append(_group(tensors, start, stop, members))
-    return groups + [Group(0, 0, 0, (i,)) for _, nbytes, i in spans if not nbytes]
+        groups.append(_group(members, stop))
+    return groups + empty
 
 
-def _group(tensors: Sequence[TensorRecord], start: int, stop: int, members: list[int]) -> Group:
-    if len(members) == 1:
-        return Group(start, stop, 0, tuple(members))
-    items = [(tensors[i].shards[0].start, item_bytes(tensors[i])) for i in members]
-    items = [(first, width) for first, width in items if width <= 16]
-    for pad in range(16):
-        if all((first - start + pad) % width == 0 for first, width in items):
-            return Group(start, stop, pad, tuple(members))
+def _group(members: list[Leaf], stop: int) -> Group:
+    """Return the group of leaves, the first one first, that end at ``stop``."""
+    rank, start = members[0].rank, members[0].start
+    pad = 0 if len(members) == 1 else _pad(members, start)
+    return Group(rank, start, stop, pad, tuple(members))
+
+
+def _pad(members: list[Leaf], start: int) -> int:
+    items = [(leaf.start - start, leaf.dtype.nbytes) for leaf in members]
+    items = [(offset, width) for offset, width in items if width <= _MOST_ALIGNED]
+    for pad in range(_MOST_ALIGNED):
+        if all((offset + pad) % width == 0 for offset, width in items):
+            return pad
     raise FormatError("tensors that share memory in the checkpoint are not aligned to it")

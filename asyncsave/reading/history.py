@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointNotFoundError, LoadError
 from ..format.lineage import Lineage
-from ..format.manifest import CheckpointRecord
-from ..storage.filesystem import FileSystem
-from ..storage.steps import check_name, list_steps, step_path
-from .checkpoint import read_record
+from ..format.records import CheckpointRecord
+from ..storage.place import Place
+from ..storage.steps import check_name, list_steps, step_name
+from .files import read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,15 @@ class Entry:
     """
 
     step: int
-    path: Path
+    place: Place
     record: CheckpointRecord | None = None
     error: LoadError | None = None
     stray: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for people."""
+        return self.place.path
 
     @property
     def lineage(self) -> Lineage:
@@ -74,34 +79,60 @@ class History:
         known = [each for each in entries if each.record is not None]
         known.sort(key=lambda each: (each.lineage.serial, each.step))
         head = known[-1].lineage if known else Lineage()
-        line = [each for each in known if head.came_from(each.lineage.serial)]
-        left = [each for each in known if not head.came_from(each.lineage.serial)]
+        order = _Order(
+            [each for each in known if head.came_from(each.lineage.serial)],
+            [each for each in known if not head.came_from(each.lineage.serial)],
+        )
+        order.add_unreadable(_by_step(entries, stray=False), head)
+        order.add_strays(_by_step(entries, stray=True))
+        top = head.serial + len(entries) - len(known)
+        return cls(tuple(reversed(order.line)), tuple(reversed(order.left)), top)
+
+
+def _by_step(entries: Iterable[Entry], *, stray: bool) -> list[Entry]:
+    """Return those whose record cannot be had, strays or the others."""
+    found = [each for each in entries if each.record is None and each.stray == stray]
+    return sorted(found, key=lambda each: each.step)
+
+
+@dataclass(slots=True)
+class _Order:
+    """A history while it is made: its line and what was left, oldest first."""
+
+    line: list[Entry]
+    left: list[Entry]
+
+    def add_unreadable(self, entries: Iterable[Entry], head: Lineage) -> None:
+        """Put checkpoints without a serial where they may have been committed.
+
+        Args:
+            entries: in order of steps.
+            head: the place of the newest checkpoint that has one.
+        """
         newer = []
-        strays = sorted((each for each in entries if each.stray), key=lambda each: each.step)
-        spare = sum(last - first + 1 for first, last in head.left) - len(left)
-        for each in sorted(
-            (each for each in entries if each.record is None and not each.stray),
-            key=lambda each: each.step,
-        ):
-            at = _room(line, each.step)
+        spare = sum(last - first + 1 for first, last in head.left) - len(self.left)
+        for each in entries:
+            at = _gap(self.line, each.step)
             if at is not None:
-                line.insert(at, each)
+                self.line.insert(at, each)
             elif spare > 0:
-                left.insert(0, each)
+                self.left.insert(0, each)
                 spare -= 1
             else:
                 newer.append(each)
         if newer:
-            left += [each for each in line if each.step > newer[0].step]
-            line = [each for each in line if each.step < newer[0].step] + newer
-        for each in strays:  # tried where their steps say, so that somebody hears of them
-            before = [at for at, other in enumerate(line, 1) if other.step < each.step]
-            line.insert(before[-1] if before else 0, each)
-        top = head.serial + len(entries) - len(known)
-        return cls(tuple(reversed(line)), tuple(reversed(left)), top)
+            first = newer[0].step
+            self.left += [each for each in self.line if each.step > first]
+            self.line = [each for each in self.line if each.step < first] + newer
+
+    def add_strays(self, entries: Iterable[Entry]) -> None:
+        """Put strays where their steps say: they are tried, so that somebody hears of them."""
+        for each in entries:
+            before = [at for at, other in enumerate(self.line, 1) if other.step < each.step]
+            self.line.insert(before[-1] if before else 0, each)
 
 
-def _room(line: Sequence[Entry], step: int) -> int | None:
+def _gap(line: Sequence[Entry], step: int) -> int | None:
     """Return where in ``line``, oldest first, an older checkpoint of ``step`` could be."""
     before = Lineage()
     for at, each in enumerate(line):
@@ -115,9 +146,7 @@ def _room(line: Sequence[Entry], step: int) -> int | None:
     return None
 
 
-def read_history(
-    filesystem: FileSystem, directory: Path, known: dict[int, CheckpointRecord] | None = None
-) -> History:
+def read_history(run: Place, known: dict[int, CheckpointRecord] | None = None) -> History:
     """Return the checkpoints of a run in order.
 
     Args:
@@ -128,17 +157,17 @@ def read_history(
     """
     known = {} if known is None else known
     entries = []
-    for step in list_steps(filesystem, directory):
-        path = step_path(directory, step)
+    for step in list_steps(run):
+        place = run / step_name(step)
         record, stray = known.get(step), False
         try:
             if record is None:
-                record = read_record(filesystem, path)
+                record = read_record(place)
                 stray = True
-                check_name(path, record.step)
+                check_name(place, record.step)
                 known[step] = record
-            entries.append(Entry(step, path, record))
+            entries.append(Entry(step, place, record))
         except LoadError as error:
             stray = stray or isinstance(error, CheckpointNotFoundError)
-            entries.append(Entry(step, path, error=error, stray=stray))
+            entries.append(Entry(step, place, error=error, stray=stray))
     return History.of(entries)

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from ..errors import CheckpointNotFoundError, FormatError, IntegrityError, LoadError
-from ..format.manifest import CHECKPOINT_FILE, data_file
+from ..format.files import CHECKPOINT_FILE, data_file
 from ..report import CheckpointInfo, VerifyReport
-from ..storage.filesystem import FileSystem, LocalFileSystem
-from ..storage.place import PathLike, local_path
-from .checkpoint import Checkpoint, read_record
+from ..storage.place import PathLike, Place, place_of
+from .checkpoint import Checkpoint
+from .files import read_record
 from .history import Entry, History
 from .newest import find
 
@@ -30,17 +30,18 @@ def verify(path: PathLike) -> VerifyReport:
         CheckpointNotFoundError: there is no checkpoint.
     """
     began = time.perf_counter()
-    filesystem = LocalFileSystem()
-    place = local_path(path)
-    history = find(filesystem, place)
+    place = place_of(path)
+    history = find(place)
     chunks = raw_bytes = stored_bytes = 0
     damage: dict[Path, LoadError] = {}
     for each in history.entries:
         try:
-            with Checkpoint.open(filesystem, each.path) as checkpoint:
+            if each.error is not None:  # a disk that reads it at the second attempt is not sound
+                raise each.error
+            with Checkpoint.open(each.place) as checkpoint:
                 _check(checkpoint)
-                chunks += len(checkpoint.rank.chunks)
-                raw_bytes += sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
+                chunks += checkpoint.chunk_count
+                raw_bytes += checkpoint.raw_bytes
                 stored_bytes += checkpoint.stored_bytes
         except LoadError as error:
             damage[each.path] = error
@@ -55,7 +56,7 @@ def verify(path: PathLike) -> VerifyReport:
 
 def _check(checkpoint: Checkpoint) -> None:
     checkpoint.check()
-    checkpoint.check_padding()
+    checkpoint.check_gaps()
 
 
 def _newest_sound(history: History, damage: dict[Path, LoadError]) -> Path | None:
@@ -70,13 +71,13 @@ def _newest_sound(history: History, damage: dict[Path, LoadError]) -> Path | Non
 
 
 def _told(
-    place: Path, history: History, damage: dict[Path, LoadError], newest: Path | None
+    place: Place, history: History, damage: dict[Path, LoadError], newest: Path | None
 ) -> LoadError:
     """Return the newest damaged one's error, with all else in its notes."""
     (first, error), *others = damage.items()
     for path, older in others:
         error.add_note(f"also damaged: {path}: {older}")
-    if first != place:
+    if first != place.path:
         count = len(history.entries)
         takes = f"restore() would take {newest}" if newest else "restore() would take none of them"
         error.add_note(f"{count - len(damage)} of {count} checkpoints are sound; {takes}")
@@ -95,29 +96,26 @@ def checkpoints(path: PathLike, *, verify: bool = False) -> list[CheckpointInfo]
         CheckpointNotFoundError: there is no checkpoint.
         LoadError: the directory cannot be read.
     """
-    filesystem = LocalFileSystem()
-    place = local_path(path)
-    history = find(filesystem, place)
-    if history.line[0].path == place:
+    place = place_of(path)
+    history = find(place)
+    if history.line[0].place == place:
         try:
-            record = read_record(filesystem, place)
+            record = read_record(place)
             entry = Entry(-1 if record.step is None else record.step, place, record)
         except LoadError as error:
             entry = Entry(-1, place, error=error)
         history = History((entry,), (), 0)
-    return list_checkpoints(filesystem, history, verify=verify)
+    return list_checkpoints(history, verify=verify)
 
 
-def list_checkpoints(
-    filesystem: FileSystem, history: History, *, verify: bool
-) -> list[CheckpointInfo]:
+def list_checkpoints(history: History, *, verify: bool) -> list[CheckpointInfo]:
     """Do what `checkpoints` says, for a history."""
     infos = []
     for each in reversed(history.entries):
         error = each.error
         if verify and error is None:
             try:
-                with Checkpoint.open(filesystem, each.path) as checkpoint:
+                with Checkpoint.open(each.place) as checkpoint:
                     _check(checkpoint)
             except LoadError as found:
                 error = found
@@ -128,7 +126,7 @@ def list_checkpoints(
                 time=_time(each),
                 metrics={} if each.record is None else dict(each.record.metrics),
                 metadata=None if each.record is None else _plain(each.record.metadata),
-                stored_bytes=_stored_bytes(filesystem, each),
+                stored_bytes=_stored_bytes(each),
                 newest=each is history.line[0],
                 left=each in history.left,
                 sound=False if error is not None else True if verify else None,
@@ -149,16 +147,16 @@ def _plain(metadata: Any) -> Any:
     return msgspec.to_builtins(metadata)
 
 
-def _stored_bytes(filesystem: FileSystem, entry: Entry) -> int | None:
+def _stored_bytes(entry: Entry) -> int | None:
     """Return how long the files are; None where that cannot be told."""
     if entry.record is None:
         return None
     total = sum(rank.length for rank in entry.record.ranks)
     try:
         for name in (CHECKPOINT_FILE, data_file(0)):
-            file = filesystem.open(entry.path / name)
+            file = (entry.place / name).open()
             total += file.nbytes
             file.close()
-    except OSError:
+    except LoadError:
         return None
     return total

@@ -25,9 +25,10 @@ from ..errors import (
     LoadError,
     UnsupportedVersionError,
 )
+from ..format.files import CHECKPOINT_FILE
 from ..format.lineage import Lineage
-from ..format.manifest import CHECKPOINT_FILE, CheckpointRecord
-from ..storage.filesystem import FileSystem
+from ..format.records import CheckpointRecord
+from ..storage.place import Place
 from ..storage.steps import STEP
 from .checkpoint import Checkpoint
 from .history import Entry, History, read_history
@@ -38,29 +39,28 @@ _T = TypeVar("_T")
 PassedOver = Callable[[Path, str], None]
 
 
-def find(filesystem: FileSystem, path: Path) -> History:
-    """Return the checkpoint at ``path`` as a history of one; or that of the run there.
+def find(place: Place) -> History:
+    """Return the checkpoint at ``place`` as a history of one; or that of the run there.
 
     Raises:
         CheckpointNotFoundError: it is neither.
         LoadError: the directory cannot be read.
     """
-    if filesystem.exists(path / CHECKPOINT_FILE):
-        return History((Entry(0, path),), (), 0)
-    history = read_history(filesystem, path)
+    if (place / CHECKPOINT_FILE).exists():
+        return History((Entry(0, place),), (), 0)
+    history = read_history(place)
     if not history.line:
         why = (
             "there is nothing there"
-            if not filesystem.exists(path)
+            if not place.exists()
             else f"it has no {CHECKPOINT_FILE} and no step-… directories"
         )
-        raise CheckpointNotFoundError(f"there is no checkpoint at {path}: {why}")
+        raise CheckpointNotFoundError(f"there is no checkpoint at {place}: {why}")
     return history
 
 
 def first_sound(
-    filesystem: FileSystem,
-    path: Path,
+    place: Place,
     use: Callable[[Checkpoint], _T],
     passed_over: PassedOver | None = None,
 ) -> _T:
@@ -72,18 +72,18 @@ def first_sound(
     Raises:
         LoadError: all are damaged, and this is the newest one's; or it is no damage.
     """
-    history = find(filesystem, path)
+    history = find(place)
     errors: list[LoadError] = []
     for each in history.line:
         try:
-            with Checkpoint.open(filesystem, each.path) as checkpoint:
+            with Checkpoint.open(each.place) as checkpoint:
                 result = use(checkpoint)
                 record = checkpoint.record
         except UnsupportedVersionError:
             raise  # it is sound: going on from an older one would lose work without a word
         except (IntegrityError, FormatError, CheckpointNotFoundError) as error:
             errors.append(error)
-            if each.path != path:
+            if each.place != place:
                 _log.warning("passed over %s: %s", each.path, error)
                 if passed_over is not None:
                     passed_over(each.path, str(error))

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
-from ..format.manifest import TensorRecord
-from ..format.names import _FIRST, leaf_names
+from ..format.leaf import Leaf
+from ..format.names import leaf_names
 from ..format.select import names
 from ..format.tree import Node, TensorNode
 
+_MOST_PARTS = 20  # each takes time
 
-def hints(tree: Node, tensors: Sequence[TensorRecord], absent: Mapping[str, Any]) -> list[str]:
+
+def hints(tree: Node, leaves: Sequence[Leaf], absent: Mapping[str, Any]) -> list[str]:
     """Return how to restore parts of a state whose names the checkpoint has elsewhere."""
-    saved = _shapes(tree, tensors)
+    saved = _shapes(tree, leaves)
     lines: list[str] = []
-    parts = list(absent.items())[:_FIRST]
+    parts = list(absent.items())[:_MOST_PARTS]
     while parts:
         name, value = parts.pop(0)
         own = _live_shapes(value)
@@ -28,18 +30,18 @@ def hints(tree: Node, tensors: Sequence[TensorRecord], absent: Mapping[str, Any]
                 f"names under {place!r}: use rename={{{place!r}: {name!r}}}, and keys= if nothing "
                 "else is wanted"
             )
-        elif isinstance(value, dict) and len(lines) + len(parts) < _FIRST:
+        elif isinstance(value, dict) and len(lines) + len(parts) < _MOST_PARTS:
             prefix = f"{name}." if name else ""
             inside = [(f"{prefix}{key}", item) for key, item in value.items()]
             parts += [part for part in inside if part[0] not in absent and _live_shapes(part[1])]
     return lines
 
 
-def _shapes(tree: Node, tensors: Sequence[TensorRecord]) -> dict[str, Any]:
+def _shapes(tree: Node, leaves: Sequence[Leaf]) -> dict[str, Any]:
     """Return the shapes of what is in a saved tree, by fqn; None for plain values."""
     wanted = set(leaf_names(tree))
     return {
-        name: tensors[node.i].shape if isinstance(node, TensorNode) else None
+        name: leaves[node.i].shape if isinstance(node, TensorNode) else None
         for name, node in names(tree)
         if name in wanted
     }

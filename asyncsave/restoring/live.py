@@ -1,8 +1,8 @@
 """Live: what is in a state now, and whether its memory can be filled.
 
 A live tensor may be a view of anything, may be tied to others, and may have no memory at all. Here
-is what `Match` must know of one before it says that it can be filled, and which memory `fill_runs`
-may write into directly.
+is what a match must know of one before it says that it can be filled, and what `fills_of` must
+before it aims a read at its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..format.leaf import Leaf
 from ..state.values import TORCH_DTYPES
 
 Bulk = Union[torch.Tensor, "np.ndarray[Any, Any]"]
@@ -22,29 +23,35 @@ Bulk = Union[torch.Tensor, "np.ndarray[Any, Any]"]
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-class Fill(msgspec.Struct, gc=False):
+class Target(msgspec.Struct, frozen=True, gc=False):
     """One live tensor or array, and what it is to be filled with.
 
     Attributes:
         name: its fqn in the state.
         into: the tensor or array.
-        index: the number of the leaf; -1 where there is none.
-        value: in place of a leaf, a number that the checkpoint has as a plain value.
-        cast: whether the leaf is of another floating dtype.
+        leaf: the leaf of the checkpoint; None where it has a plain value there.
+        number: that value, in place of a leaf.
+        cast: whether the dtype is another one, or the number is rounded.
     """
 
     name: str
     into: Bulk
-    index: int
-    value: Any = None
+    leaf: Leaf | None
+    number: Any = None
     cast: bool = False
 
 
-def dtype_and_kind(into: Bulk) -> tuple[str, str]:
-    """Return the dtype and the kind that a record of ``into`` would have."""
-    if isinstance(into, np.ndarray):
-        return into.dtype.str, "numpy"
-    return str(into.dtype).removeprefix("torch."), "torch"
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def dtype_name(into: Bulk) -> str:
+    """Return the name of the dtype that a leaf of ``into`` would have."""
+    return into.dtype.str if isinstance(into, np.ndarray) else _NAMES[into.dtype]
+
+
+def kind_of(into: Bulk) -> str:
+    """Return the kind that a leaf of ``into`` would have."""
+    return "numpy" if isinstance(into, np.ndarray) else "torch"
 
 
 def refusal(into: Bulk) -> str | None:

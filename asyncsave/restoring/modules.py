@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..format.build import unflatten
-from ..format.tree import DictNode, ListNode, Node, OrderedDictNode
+from ..format.build import build_keys
+from ..format.tree import DictNode, Node, OrderedDictNode
 from ..state.values import TORCH
 
 _DICTS = (DictNode, OrderedDictNode)
@@ -95,14 +95,7 @@ def entries(node: Node) -> dict[Any, Node]:
     """Return what a dict's record holds, by key; nothing for other records."""
     if not isinstance(node, _DICTS):
         return {}
-    return dict(zip(_keys(node), node.values, strict=True))
-
-
-def _keys(node: DictNode | OrderedDictNode) -> list[Any]:
-    if all(type(key) is str for key in node.keys):
-        return list(node.keys)
-    keys: list[Any] = unflatten(ListNode(node.keys), dict[int, Any]().__getitem__, TORCH)
-    return keys
+    return dict(zip(build_keys(node.keys, TORCH), node.values, strict=True))
 
 
 def paired(into: torch.nn.Module, node: Node) -> tuple[torch.nn.Module, Any, Node]:
@@ -113,7 +106,7 @@ def paired(into: torch.nn.Module, node: Node) -> tuple[torch.nn.Module, Any, Nod
     for module in unwrapped(into):
         state = first if module is into else module.state_dict()
         for saved in _stripped(node):
-            if state.keys() & set(_keys(saved)):
+            if state.keys() & set(build_keys(saved.keys, TORCH)):
                 return module, state, saved
     return into, first, node
 
@@ -123,13 +116,18 @@ def _stripped(node: Any) -> Iterator[Any]:
     yield node
     while all(type(key) is str for key in node.keys) and (prefix := common_prefix(node.keys)):
         metadata = node.metadata if isinstance(node, OrderedDictNode) else None
-        if isinstance(metadata, _DICTS):
-            pairs = [
-                ("" if f"{key}." == prefix else key.removeprefix(prefix), value)
-                for key, value in zip(metadata.keys, metadata.values, strict=True)
-                if isinstance(key, str) and f"{key}.".startswith(prefix)
-            ]
-            metadata = DictNode([key for key, _ in pairs], [value for _, value in pairs])
         keys: list[Any] = [key.removeprefix(prefix) for key in node.keys]
-        node = OrderedDictNode(keys, node.values, metadata)
+        node = OrderedDictNode(keys, node.values, _stripped_metadata(metadata, prefix))
         yield node
+
+
+def _stripped_metadata(metadata: Node, prefix: str) -> Node:
+    """Return what a wrapper's ``_metadata`` says of the module in it."""
+    if not isinstance(metadata, _DICTS):
+        return metadata
+    pairs = [
+        ("" if f"{key}." == prefix else key.removeprefix(prefix), value)
+        for key, value in zip(metadata.keys, metadata.values, strict=True)
+        if isinstance(key, str) and f"{key}.".startswith(prefix)
+    ]
+    return DictNode([key for key, _ in pairs], [value for _, value in pairs])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..format.manifest import TensorRecord
+from ..format.leaf import Leaf
 from ..format.tree import ListNode, Node, ObjectNode, TensorNode, children
 
 _LIKE_THE_PARAMETER = frozenset(
@@ -25,7 +25,7 @@ _LIKE_THE_PARAMETER = frozenset(
 
 
 def optimizer_reasons(
-    optimizer: torch.optim.Optimizer, node: Node, tensors: Sequence[TensorRecord], name: str
+    optimizer: torch.optim.Optimizer, node: Node, leaves: Sequence[Leaf], name: str
 ) -> list[str]:
     """Return the differences between an optimizer and a saved one that forbid to load it."""
     parts = dict(children(node))
@@ -60,7 +60,7 @@ def optimizer_reasons(
     if not type(optimizer).__module__.startswith("torch.optim"):
         return []  # who knows what its state means
     by_key = dict(zip(saved_params, params, strict=True)) if _are_keys(saved_params) else {}
-    return list(_shape_reasons(by_key, parts.get("state"), tensors, name))
+    return list(_shape_reasons(by_key, parts.get("state"), leaves, name))
 
 
 def _are_keys(nodes: Sequence[Node]) -> bool:
@@ -68,7 +68,7 @@ def _are_keys(nodes: Sequence[Node]) -> bool:
 
 
 def _shape_reasons(
-    params: dict[Any, torch.Tensor], state: Node, tensors: Sequence[TensorRecord], name: str
+    params: dict[Any, torch.Tensor], state: Node, leaves: Sequence[Leaf], name: str
 ) -> Iterator[str]:
     labelled = {str(key): param for key, param in params.items()}
     for label, entries in children(state.state if isinstance(state, ObjectNode) else state):
@@ -78,7 +78,7 @@ def _shape_reasons(
         for entry, node in children(entries):
             if not isinstance(node, TensorNode):
                 continue
-            shape, own = tensors[node.i].shape, list(param.shape)
+            shape, own = leaves[node.i].shape, list(param.shape)
             if not _may_be_for(entry, shape, own):
                 yield (
                     f"{name}{'.' if name else ''}state.{label}.{entry}: saved with shape {shape}, "

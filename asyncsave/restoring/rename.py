@@ -7,7 +7,7 @@ begin with it. Changes nothing that is live.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -81,31 +81,46 @@ def _take(node: Node, name: str) -> tuple[Node, Node]:
 
 
 def _take_from_dict(node: DictNode | OrderedDictNode, name: str) -> tuple[Node, Node]:
+    below = f"{name}."
+    part: Node = OMITTED
     keys: list[Node] = []
     values: list[Node] = []
-    part: Node = OMITTED
-    flat: dict[str, Node] = {}
+    dotted: dict[str, Node] = {}  # what is below the name by keys that begin with it
     for key, value in zip(node.keys, node.values, strict=True):
         label, rest = key_name(key), value
-        if label == name and part is OMITTED:
-            part = value
+        if label.startswith(below):
+            dotted[label.removeprefix(below)] = value
             continue
-        if label.startswith(f"{name}."):
-            flat[label[len(name) + 1 :]] = value
-            continue
-        if name.startswith(f"{label}.") and part is OMITTED:
-            rest, part = _take(value, name[len(label) + 1 :])
-        if rest is not OMITTED or value is OMITTED:
+        if part is OMITTED:
+            rest, part = _take_from_entry(label, value, name)
+        if rest is not OMITTED:
             keys.append(key)
             values.append(rest)
-    if flat and part is OMITTED:
-        metadata = _below(node.metadata, name) if isinstance(node, OrderedDictNode) else None
-        part = OrderedDictNode(list(flat), list(flat.values()), metadata)
-    elif flat:
-        part = _merged(part, OrderedDictNode(list(flat), list(flat.values())), name)
+    if dotted:
+        part = _joined(part, dotted, node, name)
     if part is OMITTED:
         return node, OMITTED
     return (msgspec.structs.replace(node, keys=keys, values=values) if keys else OMITTED), part
+
+
+def _take_from_entry(label: str, value: Node, name: str) -> tuple[Node, Node]:
+    """Return what stays of a dict's value, and what of it is called ``name``."""
+    if label == name:
+        return OMITTED, value
+    if name.startswith(f"{label}."):
+        return _take(value, name[len(label) + 1 :])
+    return value, OMITTED
+
+
+def _joined(
+    part: Node, dotted: dict[str, Node], node: DictNode | OrderedDictNode, name: str
+) -> Node:
+    """Return what is called ``name`` in a dict, with what its dotted keys have of it."""
+    keys: list[Node] = list(dotted)
+    if part is not OMITTED:
+        return _merged(part, OrderedDictNode(keys, list(dotted.values())), name)
+    metadata = _below(node.metadata, name) if isinstance(node, OrderedDictNode) else None
+    return OrderedDictNode(keys, list(dotted.values()), metadata)
 
 
 def _below(metadata: Node, name: str) -> Node:
@@ -126,36 +141,62 @@ def _below(metadata: Node, name: str) -> Node:
 
 
 def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
-    """Return ``node`` with ``part`` where ``name`` is in ``live``, which lies beside it."""
+    """Return ``node`` with ``part`` where ``name`` is in ``live``, which lies beside it.
+
+    Args:
+        where: the fqn of that, for messages; ``name`` if it is not said.
+    """
     where = where or name
     if isinstance(node, ObjectNode):
         return msgspec.structs.replace(node, state=_put(node.state, live, name, part, where))
     if isinstance(part, ObjectNode):
         part = part.state
-    if callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type):
-        is_module = isinstance(live, torch.nn.Module)
-        state = live.state_dict()
-        if not name:
-            return _merged(node, _flat(part, set(state)) if is_module else part, where)
-        live = state
-    if not name:
-        if isinstance(live, dict) and live and isinstance(part, _DICTS):
-            return _distributed(node, live, part, where)
-        return _merged(node, part, where)
+    if name:
+        return _put_below(node, live, name, part, where)
+    if _loads(live):
+        flat = _flat(part, set(live.state_dict())) if isinstance(live, torch.nn.Module) else part
+        return _merged(node, flat, where)
+    if isinstance(live, dict) and live and isinstance(part, _DICTS):
+        return _distributed(node, live, part, where)
+    return _merged(node, part, where)
+
+
+def _put_below(node: Node, live: Any, name: str, part: Node, where: str) -> Node:
+    """Do what `_put` does, for a name that is not that of ``live`` itself."""
+    live = live.state_dict() if _loads(live) else live
     if not isinstance(live, dict):
-        raise _RefusedError(f"the state has nothing called {where!r}")
+        raise _nothing_called(where)
     labels = {str(key): key for key in live}
     for label, key in labels.items():
         if name == label or name.startswith(f"{label}."):
             inside = _put(_child(node, label), live[key], name[len(label) + 1 :], part, where)
             return _with(node, [(_key_node(key), inside)], where, replace=True)
-    if not live:
+    return _put_new(node, labels, name, part, where)
+
+
+def _put_new(node: Node, labels: Collection[str], name: str, part: Node, where: str) -> Node:
+    """Put ``part`` into a dict that has no key of that name: as dotted keys, or in an empty one.
+
+    Args:
+        labels: the live dict's keys, as text.
+    """
+    if not labels:
         return _with(node, [(name, part)], where)
-    if isinstance(part, _DICTS) and any(label.startswith(f"{name}.") for label in labels):
-        flat = _flat(part, {label[len(name) + 1 :] for label in labels})
-        above = where.removesuffix(name).rstrip(".")
-        return _with(node, [(f"{name}.{label}", value) for label, value in children(flat)], above)
-    raise _RefusedError(f"the state has nothing called {where!r}")
+    known = {label[len(name) + 1 :] for label in labels if label.startswith(f"{name}.")}
+    if not known or not isinstance(part, _DICTS):
+        raise _nothing_called(where)
+    above = where.removesuffix(name).rstrip(".")
+    dotted = children(_flat(part, known))
+    return _with(node, [(f"{name}.{label}", value) for label, value in dotted], above)
+
+
+def _nothing_called(where: str) -> _RefusedError:
+    return _RefusedError(f"the state has nothing called {where!r}")
+
+
+def _loads(live: Any) -> bool:
+    """Whether a live value is an object that loads by itself."""
+    return callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type)
 
 
 def _distributed(node: Node, live: dict[Any, Any], part: Node, where: str) -> Node:

@@ -1,8 +1,8 @@
 """Restore: a checkpoint back into values. ``load`` and ``restore``.
 
 `restore` fills what is there, all or nothing: it lists every difference before it begins
-(match.py), and only then carries it out (apply.py). Here is also which checkpoint is used, and what
-is said of it afterwards.
+(matcher.py), and only then carries it out (apply.py). Here is also which checkpoint is used, and
+what is said of it afterwards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,21 @@ import torch
 
 from ..errors import ConfigError, MismatchError
 from ..format.build import unflatten
-from ..format.manifest import CheckpointRecord
 from ..format.names import refuse_unused, some
-from ..format.select import OMITTED, is_named, patterns_of, select
+from ..format.records import CheckpointRecord
+from ..format.select import completed, select
 from ..format.tree import CONTAINERS, TensorNode, bulk_indices
 from ..reading.checkpoint import Checkpoint
 from ..reading.newest import PassedOver, first_sound
 from ..report import RestoreReport, gb
 from ..state.values import TORCH
-from ..storage.filesystem import FileSystem, LocalFileSystem
-from ..storage.place import PathLike, local_path
+from ..storage.place import PathLike, Place, place_of
 from .apply import apply
-from .leaves import NewLeaves
-from .match import Match, Value
+from .match import Edit, Match
+from .matcher import match_state
+from .new import NewLeaves
 from .rename import renamed
+from .wish import Wish
 
 _log = logging.getLogger("asyncsave")
 
@@ -58,7 +58,7 @@ def load(
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`.
         MismatchError: ``keys`` names something that is not there.
     """
-    return load_from(LocalFileSystem(), local_path(path), keys=keys, device=device)
+    return load_from(place_of(path), keys=keys, device=device)
 
 
 def restore(
@@ -106,15 +106,14 @@ def restore(
             were all checked before anything was changed.
     """
     wish = Wish.parse(strict=strict, keys=keys, rename=rename, cast=cast)
-    return restore_from(LocalFileSystem(), local_path(path), into, wish, report=report)
+    return restore_from(place_of(path), into, wish, report=report)
 
 
-# -- with any filesystem ----------------------------------------------------------------------
+# -- at any place -----------------------------------------------------------------------------
 
 
 def load_from(
-    filesystem: FileSystem,
-    path: Path,
+    place: Place,
     *,
     keys: str | Sequence[str] | None,
     device: str | torch.device,
@@ -123,84 +122,22 @@ def load_from(
     """Do what `load` says; tell ``passed_over`` which checkpoints could not be used, and why."""
     where = _device(device)
 
-    def one(checkpoint: Checkpoint) -> Any:
-        tree = checkpoint.rank.tree
+    def use(checkpoint: Checkpoint) -> Any:
+        tree = checkpoint.tree
         if keys is not None:
             tree, unused = select(tree, keys)
-            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
-        new = NewLeaves(checkpoint.rank.tensors, sorted(set(bulk_indices(tree))))
-        checkpoint.read(new.runs)
+            refuse_unused(checkpoint.path, checkpoint.tree, unused, "keys")
+            tree = completed(tree)
+        new = NewLeaves([checkpoint.leaves[i] for i in sorted(set(bulk_indices(tree)))])
+        checkpoint.read(new.fills)
         bulk = new.values(where)
         return unflatten(tree, bulk.__getitem__, TORCH)
 
-    return first_sound(filesystem, path, one, passed_over)
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What of a checkpoint is to be restored, and how: the arguments of `restore`."""
-
-    strict: bool
-    patterns: tuple[str, ...] | None
-    rename: Mapping[str, str]
-    cast: bool
-
-    @classmethod
-    def parse(
-        cls,
-        *,
-        strict: bool,
-        keys: str | Sequence[str] | None,
-        rename: Mapping[str, str] | None,
-        cast: bool,
-    ) -> Wish:
-        """Return the wish, if the arguments can be.
-
-        Raises:
-            ConfigError: they cannot.
-        """
-        names = dict(rename or {}) if isinstance(rename, Mapping | None) else {None: None}
-        if not all(isinstance(name, str) for name in (*names, *names.values())):
-            raise ConfigError(
-                f"rename={rename!r} must be a dict of names in the checkpoint and in the state, as "
-                "in {'model.transformer': 'body.encoder'}"
-            )
-        patterns = None if keys is None else tuple(patterns_of(keys))
-        return cls(strict, patterns, names, cast)
-
-    def match(self, checkpoint: Checkpoint, into: Any) -> Match:
-        """Return what is to be done.
-
-        Raises:
-            MismatchError: it cannot be done; nothing was changed.
-        """
-        tree = checkpoint.rank.tree
-        if self.patterns is not None:
-            tree, unused = select(tree, self.patterns, OMITTED)
-            refuse_unused(checkpoint.path, checkpoint.rank.tree, unused, "keys")
-        tree, absent, reasons = renamed(tree, into, self.rename)
-        refuse_unused(checkpoint.path, checkpoint.rank.tree, absent, "rename")
-        is_left = None if self.patterns is None else self._is_left
-        match = Match(checkpoint.rank.tensors, self.strict, self.cast, is_left, reasons)
-        if not reasons:
-            match.root(into, tree)
-        if match.reasons:
-            raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
-        return match
-
-    def _is_left(self, name: str) -> bool:
-        """Whether the keys do not name what the state calls ``name``."""
-        for saved, own in self.rename.items():
-            if not own or name == own or name.startswith(f"{own}."):
-                rest = name[len(own) :].lstrip(".")
-                name = f"{saved}.{rest}" if saved and rest else saved or rest
-                break
-        return not is_named(name, self.patterns or ())
+    return first_sound(place, use, passed_over)
 
 
 def restore_from(
-    filesystem: FileSystem,
-    path: Path,
+    place: Place,
     into: Any,
     wish: Wish,
     *,
@@ -216,9 +153,9 @@ def restore_from(
     """
     began = time.perf_counter()
 
-    def one(checkpoint: Checkpoint) -> RestoreReport:
-        match = wish.match(checkpoint, into)
-        nbytes = apply(checkpoint, match)
+    def use(checkpoint: Checkpoint) -> RestoreReport:
+        match = _match(checkpoint, into, wish)
+        nbytes = apply(checkpoint, match, wish)
         restored(checkpoint.path, checkpoint.record)
         done = RestoreReport(
             path=checkpoint.path,
@@ -229,24 +166,42 @@ def restore_from(
             cast=tuple(match.cast_names),
             seconds=time.perf_counter() - began,
         )
-        _tell(done, match, nbytes)
+        _tell(done, match, nbytes, wish)
         return done
 
-    done = first_sound(filesystem, path, one, passed_over)
+    done = first_sound(place, use, passed_over)
     if report is not None:
         report(done)
     return done.step
 
 
+def _match(checkpoint: Checkpoint, into: Any, wish: Wish) -> Match:
+    """Return what is to be done.
+
+    Raises:
+        MismatchError: it cannot be done; nothing was changed.
+    """
+    tree = checkpoint.tree
+    if wish.patterns is not None:
+        tree, unused = select(tree, wish.patterns)
+        refuse_unused(checkpoint.path, checkpoint.tree, unused, "keys")
+    tree, absent, reasons = renamed(tree, into, wish.rename)
+    refuse_unused(checkpoint.path, checkpoint.tree, absent, "rename")
+    match = match_state(into, tree, checkpoint.leaves, wish, reasons)
+    if match.reasons:
+        raise MismatchError(f"{checkpoint.path} does not fit the state:", match.reasons)
+    return match
+
+
 def _loaded(match: Match) -> tuple[str, ...]:
-    named = [fill.name for fill in match.fills]
-    named += [each.name for each in match.objects]
-    return (*named, *(each.name for each in match.values if each.name is not None))
+    names = [target.name for target in match.targets]
+    names += [each.name for each in match.objects]
+    return (*names, *(edit.name for edit in match.edits))
 
 
-def _tell(done: RestoreReport, match: Match, nbytes: int) -> None:
+def _tell(done: RestoreReport, match: Match, nbytes: int, wish: Wish) -> None:
     """Log what was restored, in one line, and what surprisingly was not."""
-    for name in () if match.strict else match.untouched():
+    for name in () if wish.strict else match.untouched():
         _log.warning("restore: %s has nothing of %r, which stays as it was", done.path, name)
     for name in match.copies:
         _log.warning(
@@ -255,9 +210,9 @@ def _tell(done: RestoreReport, match: Match, nbytes: int) -> None:
             name,
         )
     step = "" if done.step is None else f"step {done.step} from "
-    parts = [f"{len(match.fills)} tensors and {len(match.objects)} objects"]
+    parts = [f"{len(match.targets)} tensors and {len(match.objects)} objects"]
     parts[0] += f", {gb(nbytes)} in {done.seconds:.2f} s"
-    if replaced := [each.name for each in match.values if each.name and _is_read_anew(each)]:
+    if replaced := [edit.name for edit in match.edits if edit.name and _is_read_anew(edit)]:
         # a variable that the value came from is not changed: whoever wonders finds it here
         parts.append(f"replaced in the state: {some(replaced)}")
     for what in ("missing", "unexpected", "cast"):
@@ -266,10 +221,9 @@ def _tell(done: RestoreReport, match: Match, nbytes: int) -> None:
     _log.info("restored %s%s: %s", step, done.path, "; ".join(parts))
 
 
-def _is_read_anew(value: Value) -> bool:
+def _is_read_anew(edit: Edit) -> bool:
     """Whether a value is a plain one at the root of the state."""
-    assert value.name is not None
-    return "." not in value.name and not isinstance(value.node, (*CONTAINERS, TensorNode))
+    return "." not in edit.name and not isinstance(edit.node, (*CONTAINERS, TensorNode))
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -2,62 +2,88 @@
 
 Two names of a state may be one piece of memory: tied weights, a tensor and its slice, the columns
 of a matrix. Where the checkpoint has the same ties, filling one fills the other with the same
-bytes, and nothing is to be done. Everywhere else, what one fill writes might be lost by the next.
-So such fills are done in thought first: only if every name has then what the checkpoint says are
-they done in the state.
+bytes, and nothing is to be done. Everywhere else, what is written for one might be lost by what is
+written for the next. So such values are filled in thought first: only if every name has then what
+the checkpoint says are they filled in the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from ..format.manifest import TensorRecord
-from .leaves import plain_bytes
-from .live import Bulk, Fill
+from .fills import plain_bytes
+from .live import Bulk, Target
+from .match import show
 
 
-class _Span(msgspec.Struct, gc=False):
+class _Span(msgspec.Struct, frozen=True, gc=False):
     """Where a live value lies: byte addresses on its device, and in bytes how to step there."""
 
+    target: Target
     device: str
     low: int
     high: int
     first: int
     strides: tuple[int, ...]
-    number: int
 
 
-def untangle(
-    tensors: Sequence[TensorRecord], fills: Sequence[Fill]
-) -> tuple[list[Fill], list[list[Fill]]]:
-    """Return the fills that harm no other one, and groups of those that might."""
-    spans = [span for i, fill in enumerate(fills) if (span := _span(fill.into, i)) is not None]
-    spans.sort(key=lambda span: (span.device, span.low))
-    groups: list[list[_Span]] = []
+class Untangled(msgspec.Struct, frozen=True):
+    """What is to be filled, in two sorts.
+
+    Attributes:
+        free: values, each with a leaf, that no other one's filling could change.
+        tangled: groups of those that might change each other, in the order in which they are to be
+            filled; and each number, in a group of its own.
+    """
+
+    free: list[Target]
+    tangled: list[list[Target]]
+
+
+def untangle(targets: Sequence[Target]) -> Untangled:
+    """Tell values that others' filling cannot change from those that it may."""
+    tangled = [
+        [span.target for span in group]
+        for group in _overlapping(targets)
+        if len(set(map(_tie, group))) > 1
+    ]
+    found = {id(target) for group in tangled for target in group}
+    free: list[Target] = []
+    for target in targets:
+        if target.leaf is None and id(target) not in found:
+            tangled.append([target])
+        elif id(target) not in found:
+            free.append(target)
+    return Untangled(free, tangled)
+
+
+def _overlapping(targets: Sequence[Target]) -> Iterator[list[_Span]]:
+    """Yield where values lie, in groups of at least two whose memory overlaps. HOT (per leaf)."""
+    spans = [span for target in targets if (span := _span(target)) is not None]
+    spans.sort(key=operator.attrgetter("device", "low"))
+    group: list[_Span] = []
     device, high = "", 0
     for span in spans:
-        if not groups or span.device != device or span.low >= high:
-            groups.append([span])
-            device, high = span.device, span.high
-        else:
-            groups[-1].append(span)
+        if span.low < high and span.device == device:
+            group.append(span)
             high = max(high, span.high)
-    tangled = [
-        [fills[span.number] for span in group]
-        for group in groups
-        if len(group) > 1 and len({_tie(tensors, fills[span.number], span) for span in group}) > 1
-    ]
-    apart = {id(fill) for group in tangled for fill in group}
-    plain = [fill for fill in fills if id(fill) not in apart and fill.index >= 0]
-    alone = [[fill] for fill in fills if id(fill) not in apart and fill.index < 0]
-    return plain, tangled + alone
+            continue
+        if len(group) > 1:
+            yield group
+        group = [span]
+        device, high = span.device, span.high
+    if len(group) > 1:
+        yield group
 
 
-def _span(into: Bulk, number: int) -> _Span | None:
+def _span(target: Target) -> _Span | None:
+    """Return where a value lies; None if it has no elements."""
+    into = target.into
     if isinstance(into, np.ndarray):
         if not into.size:
             return None
@@ -75,75 +101,73 @@ def _span(into: Bulk, number: int) -> _Span | None:
             low += (size - 1) * step
         else:
             high += (size - 1) * step
-    return _Span(device, low, high, first, strides, number)
+    return _Span(target, device, low, high, first, strides)
 
 
-def _tie(tensors: Sequence[TensorRecord], fill: Fill, span: _Span) -> Any:
+def _tie(span: _Span) -> Any:
     """Return what is the same for values that cannot contradict each other."""
-    into = fill.into
-    if fill.index < 0:
-        return (id(fill),)
-    record = tensors[fill.index]
-    start, strides = record.shards[0].start, record.shards[0].strides
+    target, leaf = span.target, span.target.leaf
+    if leaf is None:
+        return (id(target),)
+    into, strides = target.into, leaf.strides
     lazy = not isinstance(into, np.ndarray) and (into.is_conj() or into.is_neg())
-    if not lazy and not fill.cast:
-        if strides is None:
-            same = into.flags.c_contiguous if isinstance(into, np.ndarray) else into.is_contiguous()
-        else:
-            same = not isinstance(into, np.ndarray) and list(into.stride()) == strides
-        if same:  # one distance from each byte in memory to its address in the checkpoint
-            return start - span.first
+    if not lazy and not target.cast and _steps_like(into, strides):
+        # one distance from each byte in memory to its address in the checkpoint
+        return leaf.rank, leaf.start - span.first
     saved = None if strides is None else tuple(strides)
-    return start, saved, span.first, span.strides, tuple(into.shape), into.dtype, lazy, fill.cast
+    here = span.first, span.strides, tuple(into.shape), into.dtype, lazy, target.cast
+    return leaf.rank, leaf.start, saved, *here
 
 
-def contradictions(group: Sequence[Fill], values: Mapping[int, Any]) -> list[str]:
-    """Return why the values cannot all be in the memory that the fills share.
+def _steps_like(into: Bulk, strides: list[int] | None) -> bool:
+    """Whether a live value's elements lie as those of a leaf with these strides do."""
+    if isinstance(into, np.ndarray):
+        return strides is None and into.flags.c_contiguous
+    return into.is_contiguous() if strides is None else list(into.stride()) == strides
+
+
+def contradictions(group: Sequence[Target], values: Mapping[int, Any]) -> list[str]:
+    """Return why the values cannot all be in the memory that some targets share.
 
     Args:
-        group: fills in the order in which they will be done.
+        group: targets in the order in which they will be filled.
         values: the leaves, by index.
     """
-    spans = [(fill, span) for fill in group if (span := _span(fill.into, 0)) is not None]
-    low = min((span.low for _, span in spans), default=0)
-    high = max((span.high for _, span in spans), default=0)
+    spans = [span for target in group if (span := _span(target)) is not None]
+    low = min((span.low for span in spans), default=0)
+    high = max((span.high for span in spans), default=0)
     memory = np.zeros(high - low, np.uint8)
     wanted = []
-    for fill, span in spans:
-        wanted.append(plain_bytes(fill, value_of(fill, values)))
-        _seen(memory, fill, span, low)[...] = wanted[-1]
+    for span in spans:
+        wanted.append(plain_bytes(span.target, value_of(span.target, values)))
+        _seen(memory, span, low)[...] = wanted[-1]
     owners: Any = None
     reasons = []
-    for (fill, span), new in zip(spans, wanted, strict=True):
-        lost = _seen(memory, fill, span, low) != new
+    for span, new in zip(spans, wanted, strict=True):
+        lost = _seen(memory, span, low) != new
         if not lost.any():
             continue
         if owners is None:
             owners = np.zeros(high - low, np.uint32)
-            for i, (each, place) in enumerate(spans):
-                _seen(owners, each, place, low)[...] = i
-        other = group_name(spans[int(_seen(owners, fill, span, low)[lost][0])][0])
+            for i, each in enumerate(spans):
+                _seen(owners, each, low)[...] = i
+        other = spans[int(_seen(owners, span, low)[lost][0])]
         reasons.append(
-            f"{group_name(fill)}: shares memory in the state with {other}, and the checkpoint has "
-            "another value for each; give one of them memory of its own (clone()), or restore only "
-            "one of them (keys=)"
+            f"{show(span.target.name)}: shares memory in the state with {show(other.target.name)}, "
+            "and the checkpoint has another value for each; give one of them memory of its own "
+            "(clone()), or restore only one of them (keys=)"
         )
     return reasons
 
 
-def group_name(fill: Fill) -> str:
-    """Return the fqn of a fill, as messages show it."""
-    return fill.name or "the state itself"
+def value_of(target: Target, values: Mapping[int, Any]) -> Any:
+    """Return what a target is filled with."""
+    return target.number if target.leaf is None else values[target.leaf.index]
 
 
-def value_of(fill: Fill, values: Mapping[int, Any]) -> Any:
-    """Return what a fill puts."""
-    return fill.value if fill.index < 0 else values[fill.index]
-
-
-def _seen(memory: Any, fill: Fill, span: _Span, low: int) -> Any:
+def _seen(memory: Any, span: _Span, low: int) -> Any:
     """Return the elements of a live value in an image of its memory, byte by byte."""
-    into = fill.into
+    into = span.target.into
     width = into.itemsize if isinstance(into, np.ndarray) else into.element_size()
     unit = memory.itemsize
     strides = (*(step * unit for step in span.strides), unit)

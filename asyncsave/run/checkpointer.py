@@ -28,9 +28,9 @@ from ..pipeline.session import Session
 from ..pipeline.watchdog import STALL_WARNING_SECONDS
 from ..reading.listing import list_checkpoints
 from ..report import CheckpointInfo, RestoreReport
-from ..restoring.restore import Wish, load_from, restore_from
-from ..storage.filesystem import LocalFileSystem
-from ..storage.place import PathLike, local_path
+from ..restoring.restore import load_from, restore_from
+from ..restoring.wish import Wish
+from ..storage.place import PathLike, place_of
 from .cadence import Cadence
 from .directory import Existing, RunDirectory, Step
 from .retention import KeepBest, Policy
@@ -126,13 +126,11 @@ class Checkpointer(Session):
     ) -> None:
         self._cadence = Cadence(every_steps, every_seconds)
         policy = Policy.parse(keep_last, keep_every, keep_best)
-        self._directory = local_path(directory)
+        place = place_of(directory)
         self._should_stop = self._has_begun = False
         self._signals = StopSignals(signals)
-        filesystem = LocalFileSystem()
         try:
             super().__init__(
-                filesystem,
                 compression=compression,
                 memory_limit=memory_limit,
                 overlap=overlap,
@@ -141,9 +139,9 @@ class Checkpointer(Session):
                 on_busy=on_busy,
                 on_error=on_error,
             )
-            self._run = RunDirectory(filesystem, self._directory, policy, existing)
+            self._run = RunDirectory(place, policy, existing)
             self._finish_if_dropped(
-                f"the Checkpointer of {self._run.path}", self._signals.close, self._run.close
+                f"the Checkpointer of {place}", self._signals.close, self._run.close
             )
         except BaseException:  # an interrupt may come at any point of it
             for name in ("_pipeline", "_run"):
@@ -275,15 +273,14 @@ class Checkpointer(Session):
             self._turns.check()
             self._saves.raise_unseen()
             self._saves.await_current()
-            path = self._run.find(step)
+            found = self._run.find(step)
             if step is None and not self.steps():
                 return None
             self._saves.note_uncertain(self._run.put)
             self._has_begun = False
             self._cadence.restart()
             return restore_from(
-                self._filesystem,
-                path,
+                found,
                 state,
                 wish,
                 report=report,
@@ -308,7 +305,6 @@ class Checkpointer(Session):
             self._saves.raise_unseen()
             self._saves.await_current()
             return load_from(
-                self._filesystem,
                 self._run.find(step),
                 keys=keys,
                 device=device,
@@ -335,12 +331,12 @@ class Checkpointer(Session):
 
     def checkpoints(self, *, verify: bool = False) -> list[CheckpointInfo]:
         """Return what is known of each checkpoint; see `asyncsave.checkpoints`."""
-        return list_checkpoints(self._filesystem, self._run.history(), verify=verify)
+        return list_checkpoints(self._run.history(), verify=verify)
 
     @property
     def directory(self) -> Path:
         """Where the checkpoints are."""
-        return self._directory
+        return self._run.place.path
 
     @property
     def should_stop(self) -> bool:

@@ -20,17 +20,17 @@ from ..errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     ConfigError,
-    LoadError,
-    write_error,
+    looking,
 )
+from ..format.files import CHECKPOINT_FILE
 from ..format.lineage import NO_LINEAGE, Lineage
-from ..format.manifest import CHECKPOINT_FILE, CheckpointRecord
 from ..format.notes import parse_step
+from ..format.records import CheckpointRecord
 from ..pipeline.save import Target
 from ..reading.history import History, read_history
 from ..reading.newest import Position, forget_loaded, loaded
-from ..storage.filesystem import FileSystem
-from ..storage.steps import list_steps, prune, step_path, sweep
+from ..storage.place import Place
+from ..storage.steps import list_steps, prune, step_name, sweep
 from .retention import Policy
 
 _log = logging.getLogger("asyncsave")
@@ -48,25 +48,22 @@ class RunDirectory:
         existing: what to do when the first save finds checkpoints that the run does not go on from.
 
     Attributes:
-        path: the directory.
+        place: the directory.
 
     Raises:
         BusyError: somebody else holds the directory.
         WriteError: it cannot be made or used.
     """
 
-    def __init__(
-        self, filesystem: FileSystem, path: Path, policy: Policy, existing: Existing = "refuse"
-    ) -> None:
+    def __init__(self, place: Place, policy: Policy, existing: Existing = "refuse") -> None:
         if existing not in ("refuse", "set_aside"):
             raise ConfigError(f"existing={existing!r} must be 'refuse' or 'set_aside'")
-        if filesystem.exists(path / CHECKPOINT_FILE):
+        if (place / CHECKPOINT_FILE).exists():
             raise ConfigError(
-                f"{path} is a checkpoint itself; a run needs a directory for its own, which may be "
-                "inside it or beside it"
+                f"{place} is a checkpoint itself; a run needs a directory for its own, which may "
+                "be inside it or beside it"
             )
-        self._filesystem = filesystem
-        self.path = path
+        self.place = place
         self._mutex = threading.RLock()  # the background reads the history as well
         self.policy = policy
         self._existing = existing
@@ -75,28 +72,22 @@ class RunDirectory:
         self._restored: int | None = None
         self._resumed: Position | None = None  # what this process went on from at first
         self._warned = False
+        place.make_directories()
         try:
-            filesystem.make_directories(path)
-            self._lock = filesystem.lock(path)
-        except BlockingIOError as cause:
-            raise BusyError(_in_use(path)) from cause
-        except OSError as cause:
-            raise write_error("use", path, cause) from cause
+            self._lock = place.lock()
+        except BusyError as cause:
+            raise BusyError(_in_use(place)) from cause
         try:
-            if self._lock is None:
-                _log.warning("%s is on a filesystem without locks: nothing is swept there", path)
-            else:
-                sweep(filesystem, path)
-            self._found: History | None = self.history()  # None: the run has begun here
-            self._top = self._found.top  # the highest serial that was given out
-        except (OSError, LoadError) as cause:
-            self.close()
-            refused = cause if isinstance(cause, OSError) else cause.__cause__
-            assert isinstance(refused, OSError)
-            raise write_error("read", path, refused) from refused
+            with looking(place.path):
+                if self._lock is None:
+                    _log.warning("%s has a filesystem without locks: nothing is swept", place)
+                else:
+                    sweep(place)
+                self._found: History | None = self.history()  # None: the run has begun here
         except BaseException:
             self.close()
             raise
+        self._top = self._found.top  # the highest serial that was given out
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -108,28 +99,28 @@ class RunDirectory:
     def history(self) -> History:
         """Return all its checkpoints in order."""
         with self._mutex:
-            return read_history(self._filesystem, self.path, self._known)
+            return read_history(self.place, self._known)
 
-    def find(self, step: Step | None) -> Path:
+    def find(self, step: Step | None) -> Place:
         """Return where the checkpoint of ``step`` is; the directory for None.
 
         Raises:
             CheckpointNotFoundError: there is none of this step.
         """
         if step is None:
-            return self.path
+            return self.place
         if step == "best":
             best = self.best()
             if not best:
-                raise CheckpointNotFoundError(f"{self.path} has no checkpoint with that metric")
+                raise CheckpointNotFoundError(f"{self.place} has no checkpoint with that metric")
             step = best[0]
         step = parse_step(step, None)
-        steps = list_steps(self._filesystem, self.path)
+        steps = list_steps(self.place)
         if step not in steps:
             raise CheckpointNotFoundError(
-                f"{self.path} has no checkpoint of step {step}; it has {steps}"
+                f"{self.place} has no checkpoint of step {step}; it has {steps}"
             )
-        return step_path(self.path, step)
+        return self.place / step_name(step)
 
     def best(self) -> list[int]:
         """Return the steps of the line that have the metric of ``keep_best``, the best one first.
@@ -181,10 +172,12 @@ class RunDirectory:
         Raises:
             CheckpointExistsError: there is one that must stay; or as `check`.
             ConfigError: as `check`.
+            WriteError: what is there cannot be looked at, or not be set aside.
         """
         self.check(step)
         if self._position is None and self._found is not None and self._found.entries:
-            self._set_aside()
+            with looking(self.place.path):
+                self._set_aside()
         self._found = None
         now = NO_LINEAGE if self._position is None else self._position.lineage
         if self._position is not None and step < self._position.step:
@@ -193,14 +186,16 @@ class RunDirectory:
                 step,
                 self._position.step,
             )
-        replaces = self._filesystem.exists(step_path(self.path, step))
-        if replaces:
-            self._check_replaced(step, now)
+        place = self.place / step_name(step)
+        with looking(self.place.path):
+            replaces = place.exists()
+            if replaces:
+                self._check_replaced(step, now)
         lineage = now.next(max(self._top, now.serial))
         self._top = lineage.serial
         self._warn_of_metrics(step, metrics)
         return Target(
-            path=step_path(self.path, step),
+            place=place,
             step=step,
             lineage=lineage,
             replace=replaces,
@@ -211,7 +206,7 @@ class RunDirectory:
 
     def _begin(self, step: int, history: History) -> None:
         """Find out what the first save goes on from, in a directory that has checkpoints."""
-        candidates = [each for each in loaded(self.path) if _is_there(each, history)]
+        candidates = [each for each in loaded(self.place.path) if _is_there(each, history)]
         fitting = [each for each in candidates if each.step <= step]
         if fitting or (candidates and self._existing == "refuse"):
             chosen = max(fitting or candidates, key=lambda each: each.lineage.serial)
@@ -220,7 +215,7 @@ class RunDirectory:
         elif history.entries and self._existing == "refuse":
             steps = sorted(each.step for each in history.entries)
             raise CheckpointExistsError(
-                f"{self.path} has checkpoints already, of step {_few(steps)}, and this run has "
+                f"{self.place} has checkpoints already, of step {_few(steps)}, and this run has "
                 "neither restored nor loaded any of them. To go on from the newest, call "
                 "restore(state) before the first step; to begin anew, use another directory, or "
                 'Checkpointer(…, existing="set_aside"), which moves them into a folder of their own'
@@ -228,12 +223,12 @@ class RunDirectory:
 
     def _check_replaced(self, step: int, now: Lineage) -> None:
         """Raise CheckpointExistsError unless what is there was given up, or is the last one."""
-        path, position = step_path(self.path, step), self._position
+        place, position = self.place / step_name(step), self._position
         if position is not None and step == position.step:
             return  # saved again: by a loop that was resumed, or has come to its end
         there = next((each for each in self.history().entries if each.step == step), None)
         if there is None:
-            raise CheckpointExistsError(f"{path} is there, and is no checkpoint: move it away")
+            raise CheckpointExistsError(f"{place} is there, and is no checkpoint: move it away")
         if there.record is None:
             given_up = position is not None and step > position.step
         else:
@@ -246,25 +241,22 @@ class RunDirectory:
             )
         if not given_up:
             raise CheckpointExistsError(
-                f"{path} is there already, and this run came from it; to go back there, "
+                f"{place} is there already, and this run came from it; to go back there, "
                 "restore(state, step=…) first, or use another directory"
             )
-        _log.warning("replacing %s, which was left when the run went back", path)
+        _log.warning("replacing %s, which was left when the run went back", place)
 
     def _set_aside(self) -> None:
         """Move all checkpoints into a folder of their own, which is a run's directory, too."""
         history = self.history()  # anew: an attempt before this may have been cut off
         now = datetime.datetime.now(datetime.UTC)
-        folder = self.path / f"set-aside-{now:%Y%m%dT%H%M%S.%f}Z"
-        try:
-            self._filesystem.create_directory(folder)
-            # the oldest first: if this is cut off, the newest is still the one that is found here
-            for each in reversed(history.entries):
-                self._filesystem.rename(each.path, folder / each.path.name)
-            self._filesystem.sync_directory(folder)
-            self._filesystem.sync_directory(self.path)
-        except OSError as cause:
-            raise write_error("set checkpoints aside in", folder, cause) from cause
+        folder = self.place / f"set-aside-{now:%Y%m%dT%H%M%S.%f}Z"
+        folder.create_directory()
+        # the oldest first: if this is cut off, the newest is still the one that is found here
+        for each in reversed(history.entries):
+            each.place.rename(folder / each.place.name)
+        folder.sync()
+        self.place.sync()
         self._known.clear()
         self._top = 0
         _log.info("set %d checkpoints of an earlier run aside: %s", len(history.entries), folder)
@@ -288,17 +280,17 @@ class RunDirectory:
             beside = f"does not look like the newest beside step {line[0] if line else '(none)'}"
             _log.warning(
                 "nothing is pruned in %s now: what was saved last, step %d, %s",
-                self.path,
+                self.place,
                 step,
                 f"cannot be read: {why[0]}" if why else f"{beside}, which this run did not save",
             )
             return
-        gone = prune(self._filesystem, self.path, self.policy.doomed(line, entries, self._metric))
+        gone = prune(self.place, self.policy.doomed(line, entries, self._metric))
         with self._mutex:
             for each in gone:
                 self._known.pop(each, None)
         if gone:
-            _log.info("pruned %s: step %s", self.path, _few(sorted(gone)))
+            _log.info("pruned %s: step %s", self.place, _few(sorted(gone)))
 
     def put(self, target: Target) -> None:
         """Note that a checkpoint was put in place, though it is not known to be durable."""
@@ -310,7 +302,7 @@ class RunDirectory:
         with self._mutex:
             self._known.pop(step, None)
         self._position, self._restored = Position(step, lineage), None
-        forget_loaded(self.path)
+        forget_loaded(self.place.path)
 
     def _warn_of_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Log a warning of metrics that are not finite, or that ``keep_best`` lacks."""
@@ -349,16 +341,16 @@ def _few(steps: list[int]) -> str:
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
 
 
-def _in_use(path: Path) -> str:
+def _in_use(place: Place) -> str:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks.isdecimal() and int(ranks) > 1:
         return (
-            f"another process of this job uses {path}, and this is rank "
+            f"another process of this job uses {place}, and this is rank "
             f"{os.environ.get('RANK', '?')} of {ranks}: a checkpoint is written by one process. "
             "Make the Checkpointer on rank 0 alone (all ranks of DDP have the same state), and let "
             "the others read it with asyncsave.restore(directory, state)"
         )
     return (
-        f"another Checkpointer, here or in another process, uses {path}; close it, or use another "
+        f"another Checkpointer, here or in another process, uses {place}; close it, or use another "
         "directory"
     )

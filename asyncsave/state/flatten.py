@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Union
 
@@ -20,6 +20,7 @@ import torch
 from ..errors import FormatError, StateError
 from ..format.build import named_tuple
 from ..format.dtypes import DTYPES
+from ..format.files import MAX_DIMS
 from ..format.tree import (
     MAX_DEPTH,
     MAX_ONE_HASH,
@@ -65,23 +66,63 @@ class Flat:
         names: fqn of every leaf with bulk.
         values: those leaves, live: tensors share memory with the state until they are staged.
         objects: every object whose ``state_dict()`` was called, in order of appearance.
+        late: of every leaf, whether its copy may go on until the next ``optimizer.step()``.
+        on_device: some leaf is on a device, of which copies are asynchronous.
     """
 
     tree: Node = None
     names: list[str] = field(default_factory=list)
     values: list[Bulk] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
+    late: list[bool] = field(default_factory=list)
+    on_device: bool = False
 
 
-def flatten(state: Any) -> Flat:
+def flatten(
+    state: Any, owns: Callable[[torch.Tensor], bool] | None = None, *, overlap: bool = False
+) -> Flat:
     """Take ``state`` apart. Calls ``state_dict()`` on objects; copies no tensor.
+
+    Args:
+        owns: says whether a tensor is on a device that copies asynchronously; None: there is none.
+        overlap: let copies from there go on during the next forward and backward pass, of what only
+            ``optimizer.step()`` changes, as far as is known: the parameters and the optimizer state
+            of live modules and optimizers. (A module's buffers change in the forward pass already.)
 
     Raises:
         StateError: a value of a kind that cannot be saved; names its fqn and its type.
     """
     flat = Flat()
     flat.tree = _Flattener(flat).node(state, "", 0)
+    flat.late = [False] * len(flat.values)
+    if owns is not None:
+        _classify(flat, owns, overlap=overlap)
     return flat
+
+
+def _classify(flat: Flat, owns: Callable[[torch.Tensor], bool], *, overlap: bool) -> None:
+    there = [
+        (i, value)
+        for i, value in enumerate(flat.values)
+        if isinstance(value, torch.Tensor) and owns(value)
+    ]
+    flat.on_device = bool(there)
+    if overlap and there:
+        stepped = {tensor.data_ptr() for each in flat.objects for tensor in _stepped(each)}
+        for i, value in there:
+            # a tensor of inference mode has no version to compare
+            flat.late[i] = not value.is_inference() and value.data_ptr() in stepped
+
+
+def _stepped(each: Any) -> Iterator[torch.Tensor]:
+    """Yield what only ``optimizer.step()`` changes of an object."""
+    if isinstance(each, torch.nn.Module):
+        yield from each.parameters()
+    elif isinstance(each, torch.optim.Optimizer):
+        for state in each.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    yield value
 
 
 class _Flattener:
@@ -202,6 +243,7 @@ class _Flattener:
             or value.dtype not in _KNOWN
             or value.is_meta
             or value.is_nested
+            or value.dim() > MAX_DIMS
         ):
             raise StateError(_tensor_refusal(value, name))
         flat = self._flat  # as in _bulk(), without the call
@@ -319,6 +361,9 @@ def _tensor_refusal(value: torch.Tensor, name: str) -> str:
     elif value.dtype not in _KNOWN:
         why = f"has dtype {value.dtype}, which this version of asyncsave does not know"
         hint = "save it as value.view(dtype) with a dtype of the same width, torch.int16 say"
+    elif type(value) in (torch.Tensor, torch.nn.Parameter):  # not one that has no shape yet
+        why = f"has {value.dim()} dimensions, of which a checkpoint allows {MAX_DIMS}"
+        hint = "save value.flatten() and its shape"
     else:
         why = f"is a {_type_name(value)}, a tensor subclass"
         hint = "save the plain tensor (to_local(), full_tensor(), or as_subclass(torch.Tensor))"

@@ -213,16 +213,18 @@ def _source(unit: list[View], values: Sequence[Bulk], late: Sequence[bool]) -> t
                 view.strides = None
             source = Source(first.leaf, copy, copy is not Copy.GATHER, 0, nbytes)
             return source, (device, first.dtype, is_late)
-    high = max(view.high for view in unit)
+    source = _range(unit, values, on_device=device != "cpu")
+    dtype = first.dtype if len({view.dtype for view in unit}) == 1 else "uint8"
+    return source, (device, dtype, is_late)
+
+
+def _range(unit: list[View], values: Sequence[Bulk], *, on_device: bool) -> Source:
+    """Return the source of all the memory that leaves cover; note where they are in it."""
+    low, high = unit[0].low, max(view.high for view in unit)
     through = max(unit, key=lambda view: _storage_bytes(values[view.leaf]))
     for view in unit:
-        view.offset = view.low - first.low
-    dtype = first.dtype if len({view.dtype for view in unit}) == 1 else "uint8"
-    on_device = isinstance(value, torch.Tensor) and not value.is_cpu
-    source = Source(
-        through.leaf, Copy.RANGE, False, first.low - through.low, high - first.low, on_device
-    )
-    return source, (device, dtype, is_late)
+        view.offset = view.low - low
+    return Source(through.leaf, Copy.RANGE, False, low - through.low, high - low, on_device)
 
 
 def _copy(view: View, value: Bulk, nbytes: int) -> Copy | None:

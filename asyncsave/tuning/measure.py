@@ -28,17 +28,16 @@ import torch
 from ..available import available_memory
 from ..codec.compression import Compression
 from ..codec.frame import Encoder, coding_for
-from ..errors import ConfigError, write_error
-from ..format.manifest import digest
+from ..errors import ConfigError, looking
+from ..format.records import digest
 from ..pipeline.budget import CHUNK_BYTES, encoder_threads
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.save import Target
 from ..pipeline.workers import Workers
 from ..reading.newest import find
-from ..state.plan import dtype_name
-from ..storage.commit import Draft, begin, discard
-from ..storage.filesystem import FileSystem, LocalFileSystem
-from ..storage.place import PathLike, local_path
+from ..state.layout import dtype_name
+from ..storage.draft import Scratch
+from ..storage.place import PathLike, Place, place_of
 from ..storage.steps import sweep
 from .report import TuneReport, TuneRow
 from .sample import Sample, sample_of_checkpoint, sample_of_state
@@ -89,35 +88,32 @@ def tune(
     chosen = _parse_levels(LEVELS if levels is None else levels)
     if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds={seconds!r} must be a positive number")
-    filesystem = LocalFileSystem()
     is_path = isinstance(state_or_path, (str, os.PathLike))
     if directory is None and is_path:
-        directory = find(filesystem, local_path(state_or_path)).line[0].path.parent
-    where = local_path(directory or Path.cwd())
-    while not where.is_dir() and where != where.parent:
+        directory = find(place_of(state_or_path)).line[0].place.parent
+    where = place_of(directory or Path.cwd())
+    while not where.path.is_dir() and where != where.parent:
         where = where.parent
-    most = min(_SAMPLE_BYTES, available_memory() // 8, shutil.disk_usage(where).free // 8)
+    most = min(_SAMPLE_BYTES, available_memory() // 8, shutil.disk_usage(where.path).free // 8)
     if is_path:
-        sample = sample_of_checkpoint(filesystem, local_path(state_or_path), most)
+        sample = sample_of_checkpoint(place_of(state_or_path), most)
     else:
         sample = sample_of_state(state_or_path, most)
+    with looking(where.path):
+        sweep(where, _NAME)
+    scratch = Scratch(where / _NAME)
     try:
-        sweep(filesystem, where, _NAME)
-    except OSError as cause:
-        raise write_error("read", where, cause) from cause
-    draft = begin(filesystem, where / _NAME)
-    try:
-        measuring = _Measuring(filesystem, draft, sample, began, seconds, progress)
+        measuring = _Measuring(scratch.place, sample, began, seconds, progress)
         measuring.run(chosen)
         rows = [measuring.row(each) for each in measuring.levels if each.durable_seconds]
         skipped = [each.level for each in measuring.levels if not each.durable_seconds]
     finally:
-        discard(filesystem, draft)
+        scratch.remove()
     return TuneReport(
         rows=tuple(rows),
         skipped=tuple(skipped),
         state_bytes=sample.state_bytes,
-        directory=where,
+        directory=where.path,
         encoders=encoder_threads(),
         seconds=time.perf_counter() - began,
     )
@@ -162,16 +158,14 @@ class _Measuring:
 
     def __init__(
         self,
-        filesystem: FileSystem,
-        draft: Draft,
+        scratch: Place,
         sample: Sample,
         began: float,
         seconds: float,
         progress: Progress | None,
     ) -> None:
         self.levels: list[_Level] = []
-        self._filesystem = filesystem
-        self._path = draft.path / "sample"
+        self._place = scratch / "sample"
         self._sample = sample
         self._began = began
         self._seconds = seconds
@@ -183,6 +177,20 @@ class _Measuring:
     def run(self, levels: Sequence[int]) -> None:
         """Measure all levels, as often as there is time."""
         self.levels = [_Level(level) for level in levels]
+        self._plan()
+        for each in self.levels:  # low levels first: if the time is up, high ones miss least
+            if each is self.levels[0] or each.took_seconds <= self._left():
+                self._turn(each, 0)
+        order = random.Random(0)
+        for round_ in range(1, ROUNDS):
+            contenders = self._contenders()
+            for each in order.sample(contenders, len(contenders)):
+                if each.took_seconds <= self._left():
+                    self._turn(each, round_)
+        self._progress(1.0, "")
+
+    def _plan(self) -> None:
+        """Find out what a turn of each level takes, and how much of the sample it can save."""
         self._tell("the disk")
         empty = [torch.zeros(1, device="cpu")]
         self._empty_seconds = statistics.median(self._save(0, empty)[0] for _ in range(3))
@@ -198,16 +206,6 @@ class _Measuring:
             cost = disk + (each.encode_seconds_per_byte[-1] if each.level else 0.0)
             each.values = self._sample.first((share - fixed) / cost, self._encoders)
             each.took_seconds = fixed + each.nbytes * cost
-        for each in self.levels:  # low levels first: if the time is up, high ones miss least
-            if each is self.levels[0] or each.took_seconds <= self._left():
-                self._turn(each, 0)
-        order = random.Random(0)
-        for round_ in range(1, ROUNDS):
-            contenders = self._contenders()
-            for each in order.sample(contenders, len(contenders)):
-                if each.took_seconds <= self._left():
-                    self._turn(each, round_)
-        self._progress(1.0, "")
 
     def row(self, each: _Level) -> TuneRow:
         """Return what was measured, for the whole state."""
@@ -305,7 +303,6 @@ class _Measuring:
         """Save for real and remove it; return seconds to durable, CPU seconds, stored bytes."""
         state = {str(i): value for i, value in enumerate(values)}
         pipeline = Pipeline(
-            self._filesystem,
             compression=Compression(level),
             memory_limit="auto",
             overlap=True,
@@ -314,14 +311,11 @@ class _Measuring:
         try:
             pipeline.prewarm(state)
             cpu = time.process_time()
-            report = pipeline.save(state, Target(self._path), time.perf_counter()).result()
+            report = pipeline.save(state, Target(self._place), time.perf_counter()).result()
             cpu = time.process_time() - cpu
         finally:
             pipeline.close()
-        try:
-            self._filesystem.remove_tree(self._path)
-        except OSError as cause:
-            raise write_error("remove", self._path, cause) from cause
+        self._place.remove()
         return report.durable_seconds, cpu, report.stored_bytes
 
 

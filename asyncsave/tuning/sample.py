@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 
 from ..errors import StateError
-from ..format.manifest import TensorRecord, extent_bytes
-from ..format.tree import numpy_dtype
+from ..format.dtypes import BY_NUMPY_NAME
+from ..format.leaf import Leaf
 from ..pipeline.budget import CHUNK_BYTES
-from ..reading.checkpoint import Checkpoint, Run
+from ..reading.checkpoint import Checkpoint
+from ..reading.fill import Fill
 from ..reading.newest import first_sound
 from ..snapshot.arena import Slot
 from ..snapshot.snapshotter import Snapshotter
+from ..state.chunks import Plan
 from ..state.flatten import flatten
-from ..state.plan import Planner
+from ..state.layout import Layouts
 from ..state.values import torch_dtype
-from ..storage.filesystem import FileSystem
+from ..storage.place import Place
 
 
 class _Piece(Protocol):
@@ -84,22 +85,24 @@ def _spread(pieces: Sequence[_P], most_bytes: int) -> list[_P]:
 def sample_of_state(state: Any, most_bytes: int) -> Sample:
     """Copy chunks of a live state, as they would be saved; StateError if it cannot be."""
     flat = flatten(state)
-    plan = Planner().plan(flat, CHUNK_BYTES, [False] * len(flat.values))
-    snapshotter = Snapshotter(None, overlap=False)
+    layout = Layouts().of(flat)
+    plan = Plan.cut(layout, CHUNK_BYTES)
+    snapshotter = Snapshotter(None)
     values: list[torch.Tensor] = []
     for chunk in _spread([chunk for chunk in plan.chunks if chunk.nbytes], most_bytes):
         with torch.inference_mode(False):
             memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device="cpu")
         snapshotter.stage(flat, plan, chunk, Slot(len(values), memory), None)
         values.append(memory.view(torch_dtype(chunk.dtype, "a chunk")))
-    return Sample(values, plan.nbytes)
+    return Sample(values, layout.nbytes)
 
 
 @dataclass(slots=True)
 class _Extent:
-    """A run of the address space of one element type."""
+    """Addresses of one rank that have elements of one type."""
 
     dtype: torch.dtype
+    rank: int
     start: int
     stop: int
 
@@ -107,57 +110,60 @@ class _Extent:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def is_followed_by(self, other: _Extent) -> bool:
+        """Whether another one goes on where this one ends."""
+        return (self.dtype, self.rank, self.stop) == (other.dtype, other.rank, other.start)
+
     def cut(self) -> list[_Extent]:
         """Return it in pieces as long as chunks, of whole elements."""
         starts = range(self.start, self.stop, CHUNK_BYTES)
-        pieces = [_Extent(self.dtype, at, min(at + CHUNK_BYTES, self.stop)) for at in starts]
+        pieces = [
+            _Extent(self.dtype, self.rank, at, min(at + CHUNK_BYTES, self.stop)) for at in starts
+        ]
         for piece in pieces:
             piece.stop -= piece.nbytes % self.dtype.itemsize
         return [piece for piece in pieces if piece.nbytes]
 
 
-def sample_of_checkpoint(filesystem: FileSystem, path: Path, most_bytes: int) -> Sample:
+def sample_of_checkpoint(place: Place, most_bytes: int) -> Sample:
     """Read chunks of the checkpoint at ``path``, or of the one that `restore` would take.
 
     Raises:
         CheckpointNotFoundError, FormatError, IntegrityError: there is none.
     """
 
-    def one(checkpoint: Checkpoint) -> Sample:
-        pieces = [piece for whole in _extents(checkpoint) for piece in whole.cut()]
+    def use(checkpoint: Checkpoint) -> Sample:
+        pieces = [piece for extent in _extents(checkpoint.leaves) for piece in extent.cut()]
         chosen = _spread(pieces, most_bytes)
         memory = [torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu") for piece in chosen]
         pairs = list(zip(chosen, memory, strict=True))
-        checkpoint.read([Run(at.start, at.nbytes, into.numpy()) for at, into in pairs])
-        total = sum(chunk.raw_length for chunk in checkpoint.rank.chunks)
-        return Sample([into.view(at.dtype) for at, into in pairs], total)
+        checkpoint.read(
+            [Fill(at.start, at.nbytes, into.numpy(), rank=at.rank) for at, into in pairs]
+        )
+        return Sample([into.view(at.dtype) for at, into in pairs], checkpoint.raw_bytes)
 
-    return first_sound(filesystem, path, one)
+    return first_sound(place, use)
 
 
-def _extents(checkpoint: Checkpoint) -> list[_Extent]:
-    """Return the runs of one element type, in address order. Ties are counted once."""
+def _extents(leaves: Iterable[Leaf]) -> list[_Extent]:
+    """Return the extents of one element type, in address order. Ties are counted once."""
     found: list[_Extent] = []
-    for tensor in sorted(checkpoint.rank.tensors, key=lambda tensor: tensor.shards[0].start):
-        start = tensor.shards[0].start
-        stop, dtype = start + extent_bytes(tensor), _dtype(tensor)
-        if found:
-            start = max(start, found[-1].stop)
-        if start >= stop:
+    for leaf in sorted(leaves, key=operator.attrgetter("rank", "start")):
+        extent = _Extent(_dtype(leaf), leaf.rank, leaf.start, leaf.stop)
+        last = found[-1] if found else None
+        if last is not None and last.rank == extent.rank:
+            extent.start = max(extent.start, last.stop)
+        if extent.start >= extent.stop:
             continue
-        if found and (found[-1].dtype, found[-1].stop) == (dtype, start):
-            found[-1].stop = stop
+        if last is not None and last.is_followed_by(extent):
+            last.stop = extent.stop
         else:
-            found.append(_Extent(dtype, start, stop))
+            found.append(extent)
     return found
 
 
-def _dtype(tensor: TensorRecord) -> torch.dtype:
-    if tensor.kind == "torch":
-        return torch_dtype(tensor.dtype, repr(tensor.name))
-    if tensor.kind == "numpy":
-        try:
-            return torch.from_numpy(np.empty(0, numpy_dtype(tensor.dtype))).dtype
-        except (TypeError, ValueError):
-            return torch.uint8  # as it is saved, too
-    return torch.uint8
+def _dtype(leaf: Leaf) -> torch.dtype:
+    """Return the dtype as which a leaf was coded: torch's own, or that of the same elements."""
+    if leaf.kind == "torch":
+        return torch_dtype(leaf.dtype.name, repr(leaf.name))
+    return torch_dtype(BY_NUMPY_NAME.get(leaf.dtype.numpy, "uint8"), repr(leaf.name))

@@ -15,7 +15,6 @@ import torch
 
 import asyncsave
 from asyncsave.pipeline.pipeline import Pipeline
-from asyncsave.storage.filesystem import LocalFileSystem
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -48,7 +47,12 @@ class FakeEvent:
 
 
 class FakeProbe:
+    def __init__(self, error: BaseException | None) -> None:
+        self._error = error
+
     def seconds(self) -> float:
+        if self._error is not None:
+            raise self._error
         return 0.25
 
 
@@ -63,6 +67,7 @@ class FakeDevice:
         waits: how often the compute stream was told to wait.
         eager: copies finish at once.
         serves_who_waits: they finish as well when the thread that queued them waits for one.
+        broken: raised when the device is asked how long it stood still.
     """
 
     pinned = False
@@ -73,6 +78,7 @@ class FakeDevice:
         self.waits = 0
         self.eager = False
         self.serves_who_waits = True
+        self.broken: BaseException | None = None
         self._lock = threading.RLock()
 
     def owns(self, tensor: torch.Tensor) -> bool:
@@ -110,7 +116,7 @@ class FakeDevice:
     def wait(self, event: Any) -> FakeProbe:
         self.waits += 1
         self.finish()
-        return FakeProbe()
+        return FakeProbe(self.broken)
 
 
 def make_pipeline(transport: Any = None, **options: Any) -> Pipeline:
@@ -122,7 +128,7 @@ def make_pipeline(transport: Any = None, **options: Any) -> Pipeline:
         "durable": False,
         **options,
     }
-    return Pipeline(LocalFileSystem(), transport=transport, **arguments)
+    return Pipeline(transport=transport, **arguments)
 
 
 def tensors_of(state: Any) -> list[torch.Tensor]:

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,20 +20,21 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
-from tests.support import GatedFileSystem, assert_same, eventually
+from asyncsave.storage.place import PathLike
+from tests import children
+from tests.doubles.disks import GatedDisk
+from tests.support import assert_same, eventually
 
 STATE = {"w": torch.arange(1000.0), "n": 1}
 
 
-def make(directory: Path, **options: Any) -> Checkpointer:
+def make(directory: PathLike, **options: Any) -> Checkpointer:
     return Checkpointer(directory, **{"durable": False, **options})
 
 
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> GatedFileSystem:
-    filesystem = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
-    return filesystem
+def gated() -> GatedDisk:
+    return GatedDisk()
 
 
 @contextlib.contextmanager
@@ -85,14 +85,14 @@ def test_many_threads_want_one_directory_and_one_gets_it(tmp_path: Path) -> None
 
 
 OWNER = """
-import sys, time, torch, asyncsave.run.checkpointer
-from tests.support import GatedFileSystem
-filesystem = GatedFileSystem()
-asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem
-ckpt = asyncsave.Checkpointer(sys.argv[1])
-filesystem.gate.set()
+import sys, time, torch, asyncsave
+from pathlib import Path
+from tests.doubles.disks import GatedDisk
+disk = GatedDisk()
+ckpt = asyncsave.Checkpointer(disk.at(Path(sys.argv[1])))
+disk.gate.set()
 ckpt.save(1, {"n": 1, "w": torch.ones(1000)}, block=True)
-filesystem.gate.clear()
+disk.gate.clear()
 ckpt.save(2, {"n": 2, "w": torch.ones(1000)})  # is being written when the end comes
 print("owns", flush=True)
 time.sleep(60)
@@ -100,10 +100,7 @@ time.sleep(60)
 
 
 def test_a_killed_owners_directory_is_taken_over(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as owner:
-        assert owner.stdout is not None
+    with children.start(OWNER, tmp_path) as owner:
         assert owner.stdout.readline() == "owns\n"
         with pytest.raises(asyncsave.BusyError, match="another process"):
             make(tmp_path)
@@ -155,8 +152,8 @@ def test_every_method_from_every_thread(tmp_path: Path) -> None:
             assert torch.equal(ckpt.load(step=step)["w"], torch.full((2000,), step))
 
 
-def test_close_during_a_save_from_another_thread(tmp_path: Path, gated: GatedFileSystem) -> None:
-    ckpt = make(tmp_path, signals=())
+def test_close_during_a_save_from_another_thread(tmp_path: Path, gated: GatedDisk) -> None:
+    ckpt = make(gated.at(tmp_path), signals=())
     handle = ckpt.save(1, STATE)
     outcomes: list[Any] = []
 
@@ -184,13 +181,13 @@ def test_close_during_a_save_from_another_thread(tmp_path: Path, gated: GatedFil
     # either it had its turn before the close, and then it is there; or it was told
     there = [1] if isinstance(outcomes[0], asyncsave.ClosedError) else [1, 2]
     assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == there
-    make(tmp_path).close()
+    make(gated.at(tmp_path)).close()
 
 
 def test_a_thread_that_waits_for_the_handle_while_it_is_closed(
-    tmp_path: Path, gated: GatedFileSystem
+    tmp_path: Path, gated: GatedDisk
 ) -> None:
-    ckpt = make(tmp_path)
+    ckpt = make(gated.at(tmp_path))
     handle = ckpt.save(1, STATE)
     assert handle is not None
     reports: list[asyncsave.SaveReport] = []
@@ -208,8 +205,8 @@ def test_a_thread_that_waits_for_the_handle_while_it_is_closed(
 # -- forks ----------------------------------------------------------------------------------------
 
 
-def test_a_fork_during_a_save_disturbs_neither(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path / "run") as ckpt:
+def test_a_fork_during_a_save_disturbs_neither(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path / "run")) as ckpt:
         handle = ckpt.save(1, STATE)
         assert handle is not None
 
@@ -227,7 +224,7 @@ def test_a_fork_during_a_save_disturbs_neither(tmp_path: Path, gated: GatedFileS
                 return 1
             ckpt.close()  # does nothing: the save is the parent's
             try:
-                make(tmp_path / "run")
+                make(gated.at(tmp_path / "run"))
             except asyncsave.BusyError:
                 pass
             else:
@@ -238,13 +235,13 @@ def test_a_fork_during_a_save_disturbs_neither(tmp_path: Path, gated: GatedFileS
         assert in_child(check) == 7
         assert not handle.done()
         with pytest.raises(asyncsave.BusyError):
-            make(tmp_path / "run")
+            make(gated.at(tmp_path / "run"))
         gated.gate.set()
         handle.result(20)
         ckpt.save(2, STATE, block=True)
         assert ckpt.steps() == [1, 2]
     assert asyncsave.load(tmp_path / "childs") == {"x": 1}
-    make(tmp_path / "run").close()
+    make(gated.at(tmp_path / "run")).close()
 
 
 def test_a_child_that_outlives_its_parents_checkpointer_holds_nothing(
@@ -277,8 +274,7 @@ if child: assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_fork_after_import_saves_like_any_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", FORKED_AFTER_IMPORT, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = children.run(FORKED_AFTER_IMPORT, tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     for name in ("parent", "child"):
         assert torch.equal(asyncsave.load(tmp_path / name)["w"], torch.arange(100_000.0))
@@ -292,10 +288,8 @@ class Numbers(torch.utils.data.Dataset[torch.Tensor]):
         return torch.full((4,), float(i))
 
 
-def test_data_loader_workers_are_forked_while_a_save_runs(
-    tmp_path: Path, gated: GatedFileSystem
-) -> None:
-    with make(tmp_path) as ckpt:
+def test_data_loader_workers_are_forked_while_a_save_runs(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path)) as ckpt:
         handle = ckpt.save(1, STATE)
         assert handle is not None
         loader = torch.utils.data.DataLoader(
@@ -316,7 +310,7 @@ def test_data_loader_workers_are_forked_while_a_save_runs(
 # -- event loops ----------------------------------------------------------------------------------
 
 
-def test_inside_a_running_event_loop(tmp_path: Path, gated: GatedFileSystem) -> None:
+def test_inside_a_running_event_loop(tmp_path: Path, gated: GatedDisk) -> None:
     """As in a notebook: save() does not touch the caller's loop, and awaiting leaves it free."""
 
     async def main() -> None:
@@ -329,7 +323,7 @@ def test_inside_a_running_event_loop(tmp_path: Path, gated: GatedFileSystem) -> 
                 await asyncio.sleep(0.005)
 
         ticking = asyncio.create_task(tick())
-        with make(tmp_path) as ckpt:
+        with make(gated.at(tmp_path)) as ckpt:
             handle = ckpt.save(1, STATE)
             assert handle is not None
             with pytest.raises(TimeoutError):
@@ -363,8 +357,8 @@ def test_many_saves_at_once_in_one_event_loop(tmp_path: Path) -> None:
     assert [asyncsave.load(tmp_path / str(i)) for i in range(4)] == [{"i": i} for i in range(4)]
 
 
-def test_a_loop_that_ends_before_the_save(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path) as ckpt:
+def test_a_loop_that_ends_before_the_save(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path)) as ckpt:
 
         async def main() -> asyncsave.SaveHandle:
             handle = ckpt.save(1, STATE)
@@ -398,8 +392,8 @@ def test_callbacks_that_raise_harm_nobody(tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.text.count("a done callback of") == 6
 
 
-def test_a_save_whose_handle_and_saver_are_dropped(tmp_path: Path, gated: GatedFileSystem) -> None:
-    ckpts: list[Any] = [make(tmp_path)]
+def test_a_save_whose_handle_and_saver_are_dropped(tmp_path: Path, gated: GatedDisk) -> None:
+    ckpts: list[Any] = [make(gated.at(tmp_path))]
     ckpts[0].save(1, STATE)
     ckpts.append(ckpts)  # a cycle, which the garbage collector finds
     del ckpts
@@ -410,7 +404,7 @@ def test_a_save_whose_handle_and_saver_are_dropped(tmp_path: Path, gated: GatedF
     assert eventually(
         lambda: not any("asyncsave" in thread.name for thread in threading.enumerate())
     )
-    make(tmp_path).close()  # the directory is free
+    make(gated.at(tmp_path)).close()  # the directory is free
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert_same(asyncsave.load(tmp_path), STATE)
 

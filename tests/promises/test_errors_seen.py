@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +15,26 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer, SaveHandle
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from asyncsave.storage.place import Place
+from tests import children
+from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.support import eventually
 
 STATE = {"w": torch.arange(1000.0)}
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Faults:
+def fail() -> Faults:
     """Fails the next write once it is `on`."""
     failure = Faults(0, errno.ENOSPC)
     failure.on = False
-    monkeypatch.setattr(
-        "asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(failure)
-    )
     return failure
+
+
+@pytest.fixture
+def place(tmp_path: Path, fail: Faults) -> Place:
+    """A directory where `fail` decides."""
+    return FaultDisk(fail).at(tmp_path)
 
 
 def failed(ckpt: Checkpointer, fail: Faults, step: int) -> SaveHandle:
@@ -60,8 +64,8 @@ SEE: dict[str, Callable[[Checkpointer, SaveHandle], Any]] = {
 
 
 @pytest.mark.parametrize("how", SEE)
-def test_a_failure_is_raised_once_with_its_cause(tmp_path: Path, fail: Faults, how: str) -> None:
-    ckpt = Checkpointer(tmp_path, every_steps=100)
+def test_a_failure_is_raised_once_with_its_cause(place: Place, fail: Faults, how: str) -> None:
+    ckpt = Checkpointer(place, every_steps=100)
     handle = failed(ckpt, fail, 1)
     with pytest.raises(asyncsave.DiskFullError, match="No space left") as caught:
         SEE[how](ckpt, handle)
@@ -77,8 +81,8 @@ def test_a_failure_is_raised_once_with_its_cause(tmp_path: Path, fail: Faults, h
     assert ckpt.stats.failures == 1
 
 
-def test_failures_that_pile_up_are_all_told(tmp_path: Path, fail: Faults) -> None:
-    ckpt = Checkpointer(tmp_path, on_busy="skip")
+def test_failures_that_pile_up_are_all_told(place: Place, fail: Faults) -> None:
+    ckpt = Checkpointer(place, on_busy="skip")
     handles = []
     for step in (1, 2):
         handles.append(failed(ckpt, fail, step))
@@ -92,14 +96,11 @@ def test_failures_that_pile_up_are_all_told(tmp_path: Path, fail: Faults) -> Non
     assert all(isinstance(handle.exception(), asyncsave.DiskFullError) for handle in handles)
 
 
-def test_a_save_that_fails_while_the_next_one_waits_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_while_the_next_one_waits_for_it(tmp_path: Path) -> None:
     """The next save() raises the error instead of saving: and the one after that saves."""
     fail = Faults(0, errno.EIO)
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
     fail.on = False
-    with Checkpointer(tmp_path) as ckpt:
+    with Checkpointer(FaultDisk(fail).at(tmp_path)) as ckpt:
         fail.on = True
         ckpt.save(1, STATE)
         with pytest.raises(asyncsave.WriteError):  # at once, or after it waited
@@ -111,10 +112,10 @@ def test_a_save_that_fails_while_the_next_one_waits_for_it(
 
 @pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_the_trainings_own_exception_stays(
-    tmp_path: Path, fail: Faults, error: BaseException, caplog: pytest.LogCaptureFixture
+    place: Place, fail: Faults, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     def training() -> None:
-        with Checkpointer(tmp_path) as ckpt:
+        with Checkpointer(place) as ckpt:
             failed(ckpt, fail, 1)
             raise error
 
@@ -128,12 +129,13 @@ def test_the_trainings_own_exception_stays(
 def test_an_error_that_was_raised_to_the_caller_is_not_raised_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def copies(*_: Any) -> None:
+        raise RuntimeError("torch cannot")
+
     with Checkpointer(tmp_path) as ckpt:
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "asyncsave.snapshot.snapshotter._bind", lambda *_: (_ for _ in ()).throw(ValueError)
-            )
-            with pytest.raises(asyncsave.StagingError):
+            patch.setattr(torch, "_foreach_copy_", copies)
+            with pytest.raises(asyncsave.StagingError, match="torch cannot"):
                 ckpt.save(1, STATE)
         ckpt.wait()
         ckpt.save(1, STATE)
@@ -142,34 +144,30 @@ def test_an_error_that_was_raised_to_the_caller_is_not_raised_again(
 # -- at exit --------------------------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, errno, threading, torch, asyncsave.run.checkpointer, asyncsave.saver
-from tests.doubles.faultfs import Faults, FaultFileSystem
+import os, sys, errno, threading, torch, asyncsave
+from pathlib import Path
+from tests.doubles.fault_disk import FaultDisk, Faults
 fail = Faults(0, errno.ENOSPC)
 fail.on = False
-asyncsave.run.checkpointer.LocalFileSystem = lambda: FaultFileSystem(fail)
-asyncsave.saver.LocalFileSystem = asyncsave.run.checkpointer.LocalFileSystem
-directory = sys.argv[1]
+directory = FaultDisk(fail).at(Path(sys.argv[1]))
 state = {"w": torch.ones(1000)}
 """
 
 
 def program(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", PROGRAM + text, str(directory)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, cwd=root
-    )
+    return children.run(PROGRAM + text, directory)
 
 
 def test_at_exit_every_error_that_nobody_saw_is_printed(tmp_path: Path) -> None:
     text = """
 for name in ("a", "b"):
     fail.on = False
-    ckpt = asyncsave.Checkpointer(f"{directory}/{name}")
+    ckpt = asyncsave.Checkpointer(directory / name)
     globals()[name] = ckpt
     fail.operations.clear(); fail.on = True
-    ckpt.save(1, state).wait_staged()
-    while not ckpt._pipeline.current.done(): pass
+    handle = ckpt.save(1, state)
+    while not handle.done(): pass
+    del handle
 fail.on = False
 print("end of training")
 """
@@ -178,7 +176,7 @@ print("end of training")
     assert ended.stdout == "end of training\n"
     assert ended.stderr.count("nobody asked for its result") == 2
     assert ended.stderr.count("DiskFullError") == 2
-    assert ended.stderr.count("in create_directory") == 2, "with tracebacks"
+    assert ended.stderr.count("in meet\n") == 2, "with tracebacks, down to where it happened"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_at_exit_the_trainings_own_status_stays(
     tmp_path: Path, end: str, status: int, word: str
 ) -> None:
     text = f"""
-ckpt = asyncsave.Checkpointer(directory + "/a")
+ckpt = asyncsave.Checkpointer(directory / "a")
 fail.on = True
 ckpt.save(1, state)
 {end}
@@ -209,11 +207,11 @@ ckpt.save(1, state)
 def test_a_program_that_swallows_everything_still_fails(tmp_path: Path) -> None:
     """One-shot saves, without anybody who holds their handles."""
     text = """
-handle = asyncsave.save(state, directory + "/good")
+handle = asyncsave.save(state, directory / "good")
 while not handle.done(): pass
 del handle
 fail.operations.clear(); fail.at = 5; fail.on = True  # in the background
-asyncsave.save(state, directory + "/bad")
+asyncsave.save(state, directory / "bad")
 """
     ended = program(text, tmp_path)
     assert ended.returncode == 120

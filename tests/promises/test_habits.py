@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import asyncsave
-import asyncsave.storage.filesystem
-import asyncsave.tuning.sample
 from asyncsave import Checkpointer
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from asyncsave.storage.place import PathLike, place_of
+from asyncsave.tuning.sample import sample_of_checkpoint
+from tests.doubles.disks import AskingDisk, GatedDisk
+from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.support import eventually
 
 STATE = {"w": torch.arange(1000.0), "n": 1}
 
 
-def make(directory: Path, **options: Any) -> Checkpointer:
+def make(directory: PathLike, **options: Any) -> Checkpointer:
     return Checkpointer(directory, **{"durable": False, **options})
 
 
@@ -137,14 +138,11 @@ def test_metadata_that_holds_itself(tmp_path: Path) -> None:
         ckpt.save(1, STATE, metadata=loop)
 
 
-def test_metadata_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.support import GatedFileSystem
-
-    gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: gated)
+def test_metadata_is_that_of_the_call(tmp_path: Path) -> None:
+    gated = GatedDisk()
     notes: dict[str, Any] = {"lr": 0.1, "tags": ["a"]}
     metrics = {"loss": 1.0}
-    with make(tmp_path) as ckpt:
+    with make(gated.at(tmp_path)) as ckpt:
         ckpt.save(1, STATE, metadata=notes, metrics=metrics)
         notes["lr"] = object()
         notes["tags"].append("b")
@@ -299,16 +297,11 @@ def test_what_is_known_of_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 @pytest.mark.parametrize("how", ["step", "save", "save and block"])
 def test_a_failed_save_costs_no_other_one(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    on_error: str,
-    how: str,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, on_error: str, how: str
 ) -> None:
     fail = Faults(0, 28)
     fail.on = False
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
-    with make(tmp_path, every_steps=10, on_error=on_error) as ckpt:
+    with make(FaultDisk(fail).at(tmp_path), every_steps=10, on_error=on_error) as ckpt:
         fail.operations.clear()
         fail.on = True
         handle = ckpt.step(10, STATE)
@@ -334,15 +327,12 @@ def test_a_failed_save_costs_no_other_one(
         assert ckpt.stats.failures == 1
 
 
-def test_an_error_that_was_logged_keeps_no_checkpointer_alive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_was_logged_keeps_no_checkpointer_alive(tmp_path: Path) -> None:
     import gc
 
     fail = Faults(0, 28)
     fail.on = False
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(fail))
-    ckpts = [make(tmp_path, every_steps=10, on_error="warn", signals=())]
+    ckpts = [make(FaultDisk(fail).at(tmp_path), every_steps=10, on_error="warn", signals=())]
     fail.operations.clear()
     fail.on = True
     handle = ckpts[0].step(10, STATE)
@@ -510,15 +500,7 @@ def three(directory: Path) -> None:
 READ: dict[str, Any] = {
     "load": lambda path: asyncsave.load(path)["w"][0].item(),
     "restore": lambda path: asyncsave.restore(path, {"w": torch.zeros(100_000)}),
-    "tune": lambda path: (
-        asyncsave.tuning.sample.sample_of_checkpoint(  # type: ignore[attr-defined]
-            asyncsave.storage.filesystem.LocalFileSystem(),
-            path,
-            1 << 20,  # type: ignore[attr-defined]
-        )
-        .values[0][0]
-        .item()
-    ),
+    "tune": lambda path: sample_of_checkpoint(place_of(path), 1 << 20).values[0][0].item(),
 }
 
 
@@ -541,7 +523,7 @@ def test_all_readers_pass_over_damage_by_one_rule(
 
 @pytest.mark.parametrize("read", READ)
 def test_no_reader_passes_over_a_newer_format(tmp_path: Path, read: str) -> None:
-    from asyncsave.format.manifest import _PREFIX, digest
+    from asyncsave.format.records import _PREFIX, digest
 
     three(tmp_path)
     file = tmp_path / "step-000000003" / "checkpoint.json"
@@ -553,20 +535,15 @@ def test_no_reader_passes_over_a_newer_format(tmp_path: Path, read: str) -> None
 
 @pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("file", ["checkpoint.json", "rank-00000.data"])
-def test_no_reader_passes_over_what_may_not_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, file: str
-) -> None:
+def test_no_reader_passes_over_what_may_not_be_read(tmp_path: Path, read: str, file: str) -> None:
     three(tmp_path)
-    opened = asyncsave.storage.filesystem.LocalFileSystem.open  # type: ignore[attr-defined]
 
-    def refuse(self: Any, path: Path) -> Any:
-        if path == tmp_path / "step-000000003" / file:
+    def refuse(what: str, path: Path) -> None:
+        if what == "open" and path == tmp_path / "step-000000003" / file:
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(self, path)
 
-    monkeypatch.setattr("asyncsave.storage.filesystem.LocalFileSystem.open", refuse)
     with pytest.raises(asyncsave.LoadError, match="Permission denied"):
-        READ[read](tmp_path)
+        READ[read](AskingDisk(refuse).at(tmp_path))
 
 
 # -- the command ----------------------------------------------------------------------------------

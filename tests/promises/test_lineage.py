@@ -18,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import asyncsave
 from asyncsave import Checkpointer
 from asyncsave.format.lineage import Lineage
-from asyncsave.reading.newest import _loaded, forget_loaded, loaded
+from asyncsave.reading.newest import forget_loaded
+from asyncsave.storage.place import PathLike
+from tests.doubles.disks import AskingDisk
 from tests.rooms.test_restore import damage
 
 
@@ -26,7 +28,7 @@ def state_of(step: int) -> dict[str, Any]:
     return {"w": torch.full((64,), float(step)), "step": step}
 
 
-def make(directory: Path, **options: Any) -> Checkpointer:
+def make(directory: PathLike, **options: Any) -> Checkpointer:
     return Checkpointer(directory, **{"durable": False, "signals": (), **options})
 
 
@@ -178,29 +180,18 @@ def test_damage_costs_no_sound_one_its_place(tmp_path: Path) -> None:
     assert names == ["step-000000030", "step-000000040"], "what cannot be read is not pruned"
 
 
-def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from asyncsave.errors import LoadError
-    from asyncsave.reading import history
-
+def test_a_record_that_cannot_be_read_for_a_moment_is_not_pruned(tmp_path: Path) -> None:
     save(tmp_path, 10, 20)
-    read = history.read_record
+    unreadable = {"step-000000010", "step-000000030"}
 
-    def refuse(filesystem: Any, path: Path) -> Any:
-        if path.name in ("step-000000010", "step-000000030"):
-            try:
-                raise OSError(24, "Too many open files")
-            except OSError as cause:
-                raise LoadError("cannot be opened") from cause
-        return read(filesystem, path)
+    def refuse(what: str, path: Path) -> None:
+        if what == "open" and path.parent.name in unreadable:
+            raise OSError(24, "Too many open files")
 
-    with make(tmp_path, keep_last=1) as ckpt:
+    with make(AskingDisk(refuse).at(tmp_path), keep_last=1) as ckpt:
         ckpt.load()
-        monkeypatch.setattr(history, "read_record", refuse)
-        ckpt._run._known.clear()
         ckpt.save(30, state_of(30), block=True)
-        monkeypatch.setattr(history, "read_record", read)
+        unreadable.clear()
         assert ckpt.steps() == [10, 20, 30]
         assert asyncsave.load(tmp_path)["step"] == 30
         ckpt.save(40, state_of(40), block=True)
@@ -290,22 +281,15 @@ def test_a_report_that_raises_does_not_undo_the_rollback(tmp_path: Path) -> None
     assert newest(tmp_path) == 15
 
 
-def test_a_mount_that_is_stale_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from asyncsave.storage.filesystem import LocalFileSystem
-
+def test_a_mount_that_is_stale_is_no_damage(tmp_path: Path) -> None:
     save(tmp_path, 10, 20)
-    opened = LocalFileSystem.open
 
-    def stale(self: Any, path: Path) -> Any:
-        if path.parent.name == "step-000000020":
+    def stale(what: str, path: Path) -> None:
+        if what == "open" and path.parent.name == "step-000000020":
             raise OSError(116, "Stale file handle", str(path))
-        return opened(self, path)
 
-    monkeypatch.setattr(LocalFileSystem, "open", stale)
     with pytest.raises(asyncsave.LoadError, match="Stale") as caught:
-        asyncsave.load(tmp_path)
+        asyncsave.load(AskingDisk(stale).at(tmp_path))
     assert not isinstance(caught.value, asyncsave.IntegrityError)
 
 
@@ -378,21 +362,21 @@ def test_weights_are_taken_from_a_run_that_is_then_set_aside(tmp_path: Path) -> 
         assert ckpt.steps() == [5]
 
 
-def test_setting_aside_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_aside_that_is_cut_off(tmp_path: Path) -> None:
     save(tmp_path, 10, 20, 30)
     moved: list[str] = []
-    move = os.rename
 
-    def rename(source: Any, target: Any) -> None:
+    def ask(what: str, path: Path) -> None:
+        if what != "rename":
+            return
         if len(moved) == 2:
             raise OSError(5, "the disk is gone")
-        moved.append(os.path.basename(source))
-        move(source, target)
+        moved.append(path.name)
 
-    with make(tmp_path, existing="set_aside") as ckpt, monkeypatch.context() as patch:
-        patch.setattr("asyncsave.storage.filesystem.os.rename", rename)
-        with pytest.raises(asyncsave.WriteError, match="set checkpoints aside"):
+    with make(AskingDisk(ask).at(tmp_path), existing="set_aside") as ckpt:
+        with pytest.raises(asyncsave.WriteError, match="set-aside") as caught:
             ckpt.save(5, state_of(5))
+        assert caught.value.errno == 5
     assert moved == ["step-000000010", "step-000000020"]
     assert newest(tmp_path) == 30, "the newest is the last to go"
 
@@ -475,23 +459,20 @@ def test_a_save_that_fails_is_no_step_of_the_line(tmp_path: Path) -> None:
     assert newest(tmp_path / "run") == 30
 
 
-def test_one_that_is_in_place_but_not_known_to_be_durable_is_the_last_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Checkpointer(tmp_path) as ckpt:
+def test_one_that_is_in_place_but_not_known_to_be_durable_is_the_last_one(tmp_path: Path) -> None:
+    is_broken = False
+
+    def ask(what: str, path: Path) -> None:
+        if is_broken and what == "sync_directory" and path == tmp_path:
+            raise OSError(5, "no")
+
+    with Checkpointer(AskingDisk(ask).at(tmp_path)) as ckpt:
         ckpt.save(10, state_of(10), block=True)
-        with monkeypatch.context() as patch:
-
-            def sync_directory(_: Any, path: Path) -> None:
-                if path == tmp_path:
-                    raise OSError(5, "no")
-
-            patch.setattr(
-                "asyncsave.storage.filesystem.LocalFileSystem.sync_directory", sync_directory
-            )
-            handle = ckpt.save(20, state_of(20))
-            assert handle is not None
-            assert isinstance(handle.exception(), asyncsave.CommitError)
+        is_broken = True
+        handle = ckpt.save(20, state_of(20))
+        assert handle is not None
+        assert isinstance(handle.exception(), asyncsave.CommitError)
+        is_broken = False
         ckpt.restore(state_of(0), step=10)
         ckpt.save(15, state_of(15), block=True)
         assert ckpt.steps() == [10, 15], "a rollback from it is one"
@@ -578,6 +559,8 @@ class Runs(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="lineage-"))
         self.run = self.folder / "run"
         self.model = Model()
+        self.place = AskingDisk(self._ask).at(self.run)
+        self.hides = True
         self.at: Saved | None = None  # what the running process goes on from
         self.ckpt: Checkpointer | None = None
         self.marks = 0
@@ -587,12 +570,16 @@ class Runs(RuleBasedStateMachine):
             self.ckpt.close()
         shutil.rmtree(self.folder)
 
+    def _ask(self, what: str, path: Path) -> None:
+        if what == "rename" and path.name.startswith(".") and not self.hides:
+            raise OSError(5, "a checkpoint is hidden before it is removed: not now")
+
     # -- processes
 
     @precondition(lambda self: self.ckpt is None)
     @rule()
     def resumes(self) -> None:
-        self.ckpt = make(self.run, keep_last=self.keep_last)
+        self.ckpt = make(self.place, keep_last=self.keep_last)
         into = {"mark": 0}
         step = self.ckpt.restore(into)
         self.at = self.model.head()
@@ -602,7 +589,7 @@ class Runs(RuleBasedStateMachine):
     @precondition(lambda self: self.ckpt is None and len(self.model.order) > 1)
     @rule(data=st.data(), loads=st.booleans())
     def goes_back(self, data: st.DataObject, loads: bool) -> None:
-        self.ckpt = make(self.run, keep_last=self.keep_last)
+        self.ckpt = make(self.place, keep_last=self.keep_last)
         there = data.draw(st.sampled_from(self.model.order))
         if loads:
             assert self.ckpt.load(step=there.step)["mark"] == there.mark
@@ -616,7 +603,7 @@ class Runs(RuleBasedStateMachine):
     @rule(aside=st.booleans(), step=st.integers(0, 6))
     def begins_anew(self, aside: bool, step: int) -> None:
         self.ckpt = make(
-            self.run, keep_last=self.keep_last, existing="set_aside" if aside else "refuse"
+            self.place, keep_last=self.keep_last, existing="set_aside" if aside else "refuse"
         )
         if aside:
             self.model.order.clear()
@@ -649,8 +636,9 @@ class Runs(RuleBasedStateMachine):
         assert self.ckpt is not None
         if point == "rename":
             # the commit was the last thing that happened: nothing was pruned after it
-            self.ckpt._run.policy = type(self.ckpt._run.policy)()
+            self.hides = False
             self._save((self.at.step if self.at else 0) + ahead, prunes=False)
+            self.hides = True
         else:
             (self.run / f".step-{ahead:09d}.0123456789abcdef").mkdir()
         self.ends()
@@ -684,16 +672,18 @@ class Runs(RuleBasedStateMachine):
         head = self.model.head()
         if head is None:
             return
-        before = loaded(self.run)
-        assert asyncsave.load(self.run) == {"mark": head.mark}
-        infos = asyncsave.checkpoints(self.run)
+        look = self.folder / "look"  # elsewhere, as this look is nothing that the run does
+        shutil.copytree(self.run, look, copy_function=os.link)
+        assert asyncsave.load(look) == {"mark": head.mark}
+        infos = asyncsave.checkpoints(look)
         assert [info.step for info in infos] == [each.step for each in self.model.order]
         line = head.line()
         assert {info.step for info in infos if not info.left} == {
             each.step for each in self.model.order if each in line
         }
-        assert asyncsave.verify(self.run).newest.name == f"step-{head.step:09d}"
-        _loaded[os.path.realpath(self.run)] = before  # this look is nothing that the run does
+        assert asyncsave.verify(look).newest.name == f"step-{head.step:09d}"
+        forget_loaded(look)
+        shutil.rmtree(look)
 
 
 class PrunedRuns(Runs):

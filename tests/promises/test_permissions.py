@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import asyncsave
+from tests.doubles.disks import WrappedDisk
 
 
 @pytest.fixture(params=[0o077, 0o022, 0o002], ids=oct)
@@ -38,20 +39,23 @@ def test_the_umask_is_kept(tmp_path: Path, umask: int, compression: object) -> N
     assert os.umask(umask) == umask  # nor does a save change it
 
 
-def test_what_is_being_written_is_not_more_open(
-    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    rename = os.rename
+class LookingDisk(WrappedDisk):
+    """Looks at who may read what, just before it gets its name."""
 
-    def looking(source: Path, target: Path) -> None:
-        seen.extend(stat.S_IMODE(path.stat().st_mode) for path in (source, *Path(source).iterdir()))
-        rename(source, target)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
 
-    monkeypatch.setattr(os, "rename", looking)
-    asyncsave.save({"w": torch.ones(10)}, tmp_path / "a").result()
-    assert len(seen) == 4
-    assert not any(mode & umask for mode in seen)
+    def rename(self, source: Path, target: Path) -> None:
+        self.seen += [stat.S_IMODE(path.stat().st_mode) for path in (source, *source.iterdir())]
+        super().rename(source, target)
+
+
+def test_what_is_being_written_is_not_more_open(tmp_path: Path, umask: int) -> None:
+    disk = LookingDisk()
+    asyncsave.save({"w": torch.ones(10)}, disk.at(tmp_path / "a")).result()
+    assert len(disk.seen) == 4
+    assert not any(mode & umask for mode in disk.seen)
 
 
 class Trap:

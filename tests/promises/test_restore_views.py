@@ -335,7 +335,7 @@ def test_weights_that_were_tied_after_saving(tmp_path: Path) -> None:
 
 
 def test_many_columns_take_no_more_memory_than_their_tensor(tmp_path: Path) -> None:
-    from asyncsave.restoring.leaves import Block
+    from asyncsave.restoring.new import Block
 
     x = torch.randn(200, 300)
     state = {str(i): x[:, i] for i in range(300)}

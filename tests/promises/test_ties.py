@@ -15,7 +15,7 @@ import torch
 
 import asyncsave
 from asyncsave.state.flatten import flatten
-from asyncsave.state.plan import Planner
+from asyncsave.state.layout import Layouts
 from tests.strategies import DTYPES, NUMPY_DTYPES
 from tests.support import assert_same
 
@@ -159,24 +159,24 @@ def test_arrays_that_share_memory_from_now_on(roundtrip: Roundtrip) -> None:
 
 
 def test_an_array_in_the_place_of_one_that_is_gone() -> None:
-    planner, base = Planner(), np.arange(1000.0)
+    layouts, base = Layouts(), np.arange(1000.0)
     for _ in range(50):
         for make in (np.copy, np.asarray):
             flat = flatten({"base": base, "part": make(base[10:20])})
-            plan = planner.plan(flat, 1 << 20, [False, False])
-            assert len(plan.sources) == (2 if make is np.copy else 1)
+            layout = layouts.of(flat)
+            assert len(layout.sources) == (2 if make is np.copy else 1)
             del flat
 
 
 def test_arrays_that_move_alone_keep_the_plan() -> None:
-    planner, weight = Planner(), torch.ones(10)
+    layouts, weight = Layouts(), torch.ones(10)
 
-    def plan() -> Any:
+    def layout() -> Any:
         state = {"w": weight, "words": np.arange(99), "moved": torch.ones(3), "b": bytes(999)}
-        return planner.plan(flatten(state), 1 << 20, [False] * 4)
+        return layouts.of(flatten(state))
 
-    first = plan()
-    assert all(plan() is first for _ in range(5))
+    first = layout()
+    assert all(layout() is first for _ in range(5))
 
 
 def test_a_tie_to_a_conjugate_is_lost_and_its_values_are_right(roundtrip: Roundtrip) -> None:
@@ -187,7 +187,7 @@ def test_a_tie_to_a_conjugate_is_lost_and_its_values_are_right(roundtrip: Roundt
 
 
 def test_states_of_views_at_random(roundtrip: Roundtrip) -> None:
-    """Tensors and arrays of all kinds over the same memory, each time with the same Planner."""
+    """Tensors and arrays of all kinds over the same memory, each time with the same Layouts."""
     draw = random.Random(5)
     buffer = np.frombuffer(np.random.default_rng(1).bytes(512), np.uint8).copy() & 1
     dtypes = [dtype for dtype in DTYPES if dtype is not torch.bool]

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import asyncsave
 from asyncsave.pipeline.save import Target
 from asyncsave.snapshot.fence import FENCE
+from asyncsave.storage.place import Place
 from tests.doubles.fake_device import FakeDevice, make_pipeline, tensors_of
 from tests.support import assert_same
 
-WIDTH = 96
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> Iterator[None]:
-    """Chunks of 16 KiB, so that a small state has many late copies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 16 << 10)
-        patch.setattr("asyncsave.pipeline.budget.MIN_CHUNK_BYTES", 16 << 10)
-        yield
+WIDTH = 128
+ALL, WAVES = 900_000, 200_000
+"""Limits of memory that make chunks of 64 KiB, so that a small state has many late copies: in slots
+for all of them at once; and in two, so that save() waits for late copies itself."""
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -169,7 +164,7 @@ class Torn(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.training = Training()
         self.device = FakeDevice(self.training.is_on_device)
-        self.pipeline = make_pipeline(self.device)
+        self.pipeline = make_pipeline(self.device, memory_limit=ALL)
         self.handle: asyncsave.SaveHandle | None = None
         self.saves = 0
         self.fenced = self.touched = False
@@ -183,7 +178,7 @@ class Torn(RuleBasedStateMachine):
         self.saves += 1
         self.fenced = self.touched = False
         self.expected = self.training.clone()
-        target = Target(self.directory / str(self.saves), self.saves)
+        target = Target(Place(self.directory / str(self.saves)), self.saves)
         self.handle = self.pipeline.save(self.training.state(), target, 0.0)
         assert any(not event.query() for event in self.device.copies), "some copies are late"
 
@@ -287,11 +282,11 @@ def test_with_a_device_that_copies_at_its_own_pace(tmp_path: Path, waves: bool) 
     """With ``waves``, memory is for a part of the state: save() waits for late copies itself."""
     chance, training = random.Random(1), Training(fused=True)
     device = FreeDevice(training.is_on_device)
-    pipeline = make_pipeline(device, memory_limit=200_000 if waves else "auto")
+    pipeline = make_pipeline(device, memory_limit=WAVES if waves else ALL)
     committed = failed = 0
     for i in range(60):
         expected = training.clone()
-        handle = pipeline.save(training.state(), Target(tmp_path / str(i)), 0.0)
+        handle = pipeline.save(training.state(), Target(Place(tmp_path / str(i))), 0.0)
         tears = i % 3 == 0
         for _ in range(chance.randrange(4)):
             chance.choice(training.harmless())()
@@ -332,7 +327,7 @@ def test_memory_that_is_being_copied_is_kept(tmp_path: Path, owner: str) -> None
     device = FakeDevice()
     pipeline = make_pipeline(device)
     state = {"model": model} if owner == "model" else {"optimizer": optimizer}
-    handle = pipeline.save(state, Target(tmp_path / "a"), 0.0)
+    handle = pipeline.save(state, Target(Place(tmp_path / "a")), 0.0)
     (event,) = device.copies
     assert not event.query(), "it is late"
     event.pairs = [(event.pairs[0][0], torch.arange(1000.0).view(1, 1000))]  # queues hold no tensor
@@ -386,7 +381,7 @@ def test_routes_that_no_counter_sees_are_what_the_readme_says(
     pipeline = make_pipeline(device, overlap=overlap)
     model = torch.nn.Linear(16, 16)
     version, before = model.weight._version, model.weight.detach().clone()
-    handle = pipeline.save({"model": model}, Target(tmp_path / "a"), 0.0)
+    handle = pipeline.save({"model": model}, Target(Place(tmp_path / "a")), 0.0)
     INVISIBLE[route](model.weight)
     assert model.weight._version == version
     after = model.weight.detach().clone()
@@ -404,9 +399,9 @@ def test_an_optimizers_step_is_fenced_whatever_its_kernels_do(
 ) -> None:
     training = Training(**options)
     device = FakeDevice(training.is_on_device)
-    pipeline = make_pipeline(device)
+    pipeline = make_pipeline(device, memory_limit=ALL)
     expected, _, _ = training.clone()
-    handle = pipeline.save(training.state(), Target(tmp_path / "a"), 0.0)
+    handle = pipeline.save(training.state(), Target(Place(tmp_path / "a")), 0.0)
     assert not handle.wait_staged(0.01)
     train(training.model, training.first)
     handle.result(20)
@@ -419,7 +414,7 @@ def test_changes_in_inference_mode_are_seen(tmp_path: Path) -> None:
     device = FakeDevice()
     pipeline = make_pipeline(device)
     model = torch.nn.Linear(16, 16)
-    handle = pipeline.save({"model": model}, Target(tmp_path / "a"), 0.0)
+    handle = pipeline.save({"model": model}, Target(Place(tmp_path / "a")), 0.0)
     with torch.inference_mode():
         model.weight.add_(1)
     FENCE.wait()  # what a loop without an optimizer may call

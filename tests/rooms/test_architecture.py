@@ -62,7 +62,7 @@ TORCH_FREE += ["reading", "numpy"]
 PURE = ["format", "codec", "state", "run/retention.py"]
 UNPURE = {"threading", "os", "time", "asyncio", "pathlib", "io", "socket", "tempfile", "shutil"}
 ONLY_IN = {
-    "aiofiles": ["storage/filesystem.py"],
+    "aiofiles": ["storage/local.py"],
     "zstandard": ["codec/zstd.py"],
     "psutil": ["available.py"],
     "pickle": [],
@@ -114,7 +114,7 @@ def test_imports_point_in_the_direction_of_the_data(path: Path) -> None:
 
 
 def test_a_wrong_arrow_is_noticed() -> None:
-    assert wrong_arrows(HOUSE / "state" / "plan.py", ["asyncsave.codec.planes"]) == ["codec"]
+    assert wrong_arrows(HOUSE / "state" / "layout.py", ["asyncsave.codec.planes"]) == ["codec"]
     assert wrong_arrows(HOUSE / "codec" / "zstd.py", ["asyncsave.pipeline.save"]) == ["pipeline"]
     assert wrong_arrows(HOUSE / "cli" / "picture.py", ["asyncsave.report"]) == ["report"]
 
@@ -156,7 +156,7 @@ def test_pure_rooms_have_no_threads_files_or_clock(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_modules_are_readable(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 460, "split it"
+    assert len(text.splitlines()) <= 400, "split it"
     assert ast.get_docstring(ast.parse(text))
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import asyncsave
 from asyncsave.codec.compression import CompressionSetting
-from asyncsave.pipeline.save import Frame
-from asyncsave.pipeline.stages import _runs
+from asyncsave.pipeline.encode import Frame
+from asyncsave.pipeline.write import _neighbours
 from asyncsave.snapshot.arena import Arena
-from asyncsave.state.plan import Chunk
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from asyncsave.state.chunks import Chunk
+from tests.doubles.fault_disk import FaultDisk, Faults
+from tests.support import SMALL_LIMIT, assert_same, in_small_chunks
 
 CHUNK = 64 << 10
 
@@ -29,33 +29,31 @@ def writes_of(faults: Faults) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("compression", "memory_limit", "expected"),
     [
-        ("off", "auto", [4, 4, 4, 4, 3]),  # the last chunk is shorter
-        (1, "auto", [1] * 19),  # encoded chunks are not neighbours
+        ("off", SMALL_LIMIT, [4, 4, 4, 3]),  # the last chunk is shorter
+        (1, 3 << 20, [1] * 15),  # encoded chunks are not neighbours
         ("off", 3 * CHUNK, None),  # with two slots, who copies waits for each
     ],
 )
 def test_neighbours_are_written_together(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     compression: CompressionSetting,
-    memory_limit: int | str,
+    memory_limit: int,
     expected: list[int] | None,
 ) -> None:
     faults = Faults()
-    monkeypatch.setattr(
-        "asyncsave.run.checkpointer.LocalFileSystem", lambda: FaultFileSystem(faults)
-    )
-    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
-    state = {"w": torch.randn(300_000)}
+    state = in_small_chunks()
     with asyncsave.Checkpointer(
-        tmp_path, compression=compression, memory_limit=memory_limit, signals=()
+        FaultDisk(faults).at(tmp_path),
+        compression=compression,
+        memory_limit=memory_limit,
+        signals=(),
     ) as ckpt:
         for step in (1, 2):
             faults.operations.clear()
             ckpt.save(step, state, block=True)
             writes = writes_of(faults)
             chunks = [-(-length // CHUNK) for _, length in writes]
-            assert sum(chunks) == 19
+            assert sum(chunks) == 15
             assert max(chunks) <= 4
             if expected is not None:
                 assert chunks == expected
@@ -64,7 +62,7 @@ def test_neighbours_are_written_together(
                 assert at == offset
                 assert length % 4096 == 0
                 offset += length
-            assert torch.equal(ckpt.load(step=step)["w"], state["w"])
+            assert_same(ckpt.load(step=step), state)
 
 
 @given(
@@ -80,7 +78,7 @@ def test_runs_lie_end_to_end(wanted: list[tuple[int, int]], other: set[int]) -> 
         assert slot is not None
         chunk = Chunk(at, length, "uint8", False, ())
         frames.append(Frame(chunk, arena, slot, length, "raw", (length,), "", ""))
-    runs = list(_runs(frames))
+    runs = list(_neighbours(frames))
     assert [frame for run in runs for frame in run] == frames
     for run in runs:
         view = np.frombuffer(run[0].arena.view(run[0].slot, len(run) * 4096), np.uint8)

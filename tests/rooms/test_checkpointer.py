@@ -6,32 +6,37 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import asyncsave
-import asyncsave.storage.filesystem
 from asyncsave import Checkpointer
-from tests.support import GatedFileSystem, assert_same, eventually
+from asyncsave.storage.place import PathLike, Place
+from tests import children
+from tests.doubles.disks import AskingDisk, GatedDisk, NoExchangeDisk
+from tests.support import assert_same, eventually
 
 STATE = {"w": torch.arange(1000.0), "n": 1}
 
 
-def make(directory: Path, **options: Any) -> Checkpointer:
+def make(directory: PathLike, **options: Any) -> Checkpointer:
     return Checkpointer(directory, **{"durable": False, **options})
 
 
+def resident() -> int:
+    """Return how many bytes of memory this process has."""
+    return int(psutil.Process().memory_info().rss)
+
+
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> GatedFileSystem:
-    filesystem = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: filesystem)
-    return filesystem
+def gated() -> GatedDisk:
+    return GatedDisk()
 
 
 # -- cadence --------------------------------------------------------------------------------------
@@ -48,7 +53,7 @@ def test_every_steps(tmp_path: Path) -> None:
 
 def test_every_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("asyncsave.run.cadence.time.monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with make(tmp_path, every_seconds=10) as ckpt:
         for step in range(1, 30):
             now += 4.0
@@ -112,8 +117,8 @@ def test_impossible_steps(tmp_path: Path, step: Any) -> None:
 # -- the handle ----------------------------------------------------------------------------------
 
 
-def test_handle_and_report(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path) as ckpt:
+def test_handle_and_report(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path)) as ckpt:
         handle = ckpt.save(5, STATE, metrics={"loss": 0.5}, metadata={"note": ["a", 1]})
         assert handle is not None
         called = []
@@ -154,14 +159,11 @@ def test_a_handle_can_be_awaited(tmp_path: Path) -> None:
     assert asyncio.run(main()).raw_bytes == 4000
 
 
-def test_awaiting_raises_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_awaiting_raises_what_failed(tmp_path: Path, gated: GatedDisk) -> None:
     (tmp_path / "a").mkdir()
 
-    gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: gated)
-
     async def main() -> None:
-        handle = asyncsave.save(STATE, tmp_path / "a" / "b")
+        handle = asyncsave.save(STATE, gated.at(tmp_path / "a" / "b"))
         assert eventually(lambda: len(list((tmp_path / "a").glob(".*/*.data"))) == 1)
         os.rename(tmp_path / "a", tmp_path / "gone")
         gated.gate.set()
@@ -191,8 +193,8 @@ def test_metadata_must_be_plain(tmp_path: Path) -> None:
 # -- busy -----------------------------------------------------------------------------------------
 
 
-def test_busy_skip(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path, every_steps=1, on_busy="skip") as ckpt:
+def test_busy_skip(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path), every_steps=1, on_busy="skip") as ckpt:
         assert ckpt.step(1, STATE) is not None
         assert ckpt.step(2, STATE) is None
         assert ckpt.stats.skipped == 1
@@ -203,8 +205,8 @@ def test_busy_skip(tmp_path: Path, gated: GatedFileSystem) -> None:
         assert ckpt.steps() == [1, 3]
 
 
-def test_busy_error(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path, every_steps=1, on_busy="error") as ckpt:
+def test_busy_error(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path), every_steps=1, on_busy="error") as ckpt:
         ckpt.step(1, STATE)
         with pytest.raises(asyncsave.BusyError, match="step 1 is still being written"):
             ckpt.step(2, STATE)
@@ -213,8 +215,8 @@ def test_busy_error(tmp_path: Path, gated: GatedFileSystem) -> None:
         assert ckpt.steps() == [1]
 
 
-def test_busy_wait_is_counted_as_blocked(tmp_path: Path, gated: GatedFileSystem) -> None:
-    with make(tmp_path, every_steps=1) as ckpt:
+def test_busy_wait_is_counted_as_blocked(tmp_path: Path, gated: GatedDisk) -> None:
+    with make(gated.at(tmp_path), every_steps=1) as ckpt:
         ckpt.step(1, STATE)
         threading.Timer(0.2, gated.gate.set).start()
         handle = ckpt.step(2, STATE)
@@ -292,8 +294,7 @@ except asyncsave.BusyError:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     def another_process() -> str:
-        command = [sys.executable, "-c", OWN, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return children.run(OWN, tmp_path).stdout.strip()
 
     with make(tmp_path):
         assert another_process() == "busy"
@@ -319,7 +320,7 @@ def test_leftovers_of_the_dead_are_swept_and_nothing_else(tmp_path: Path) -> Non
     link.symlink_to(outside)
     alive = tmp_path / ".step-000000009.0123456789abcdef"
     alive.mkdir()
-    lock = asyncsave.storage.filesystem.LocalFileSystem().lock(alive)  # type: ignore[attr-defined]
+    lock = Place(alive).lock()
     with make(tmp_path) as ckpt:
         assert not ours.exists()
         assert all(
@@ -327,6 +328,7 @@ def test_leftovers_of_the_dead_are_swept_and_nothing_else(tmp_path: Path) -> Non
         )
         assert ckpt.steps() == []
         assert ckpt.restore({}) is None
+    assert lock is not None, "or nothing was swept"
     lock.release()
 
 
@@ -374,8 +376,8 @@ def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_close_finishes_the_save_and_is_final(tmp_path: Path, gated: GatedFileSystem) -> None:
-    ckpt = make(tmp_path)
+def test_close_finishes_the_save_and_is_final(tmp_path: Path, gated: GatedDisk) -> None:
+    ckpt = make(gated.at(tmp_path))
     handle = ckpt.save(1, STATE)
     assert handle is not None
     threading.Timer(0.1, gated.gate.set).start()
@@ -396,18 +398,20 @@ def test_close_finishes_the_save_and_is_final(tmp_path: Path, gated: GatedFileSy
 
 
 def test_prewarm_takes_the_memory_before_the_first_save(tmp_path: Path) -> None:
-    state = {"w": torch.randn(5 << 20)}
-    with make(tmp_path, compression=1) as ckpt:
+    state = {"w": torch.randn(16 << 20)}
+    with make(tmp_path, compression="off") as ckpt:
+        before = resident()
         ckpt.prewarm(state)
-        arena = ckpt._pipeline._memory.slots
-        assert arena is not None
-        assert arena.allocated == arena.count == 2
-        ckpt.save(1, state, block=True)
-        assert ckpt._pipeline._memory.slots is arena
+        taken = resident() - before
+        assert taken >= 60 << 20
+        report = ckpt.save(1, state, block=True)
+        assert report is not None
+        assert report.result().peak_memory_bytes == 64 << 20
+        assert resident() - before <= taken + (16 << 20), "and the save takes no other"
 
 
-def test_one_that_is_dropped_finishes_and_warns(tmp_path: Path, gated: GatedFileSystem) -> None:
-    ckpts = [make(tmp_path)]
+def test_one_that_is_dropped_finishes_and_warns(tmp_path: Path, gated: GatedDisk) -> None:
+    ckpts = [make(gated.at(tmp_path))]
     ckpts[0].save(1, STATE)
     with pytest.warns(ResourceWarning, match="dropped without close"):
         ckpts.clear()
@@ -415,7 +419,7 @@ def test_one_that_is_dropped_finishes_and_warns(tmp_path: Path, gated: GatedFile
 
     def is_free() -> bool:
         try:
-            make(tmp_path).close()
+            make(gated.at(tmp_path)).close()
         except asyncsave.BusyError:
             return False
         return True
@@ -425,9 +429,9 @@ def test_one_that_is_dropped_finishes_and_warns(tmp_path: Path, gated: GatedFile
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_done_callback_is_refused(tmp_path: Path, gated: GatedFileSystem) -> None:
+def test_a_done_callback_is_refused(tmp_path: Path, gated: GatedDisk) -> None:
     refused = []
-    with make(tmp_path) as ckpt:
+    with make(gated.at(tmp_path)) as ckpt:
 
         def callback(_: asyncsave.SaveHandle) -> None:
             for use in (lambda: ckpt.save(2, STATE), ckpt.wait, ckpt.close):
@@ -462,12 +466,10 @@ else:
 
 
 def test_a_signal_that_nobody_will_look_at_is_not_swallowed(tmp_path: Path) -> None:
-    def ended(how: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "ignore", "-c", SIGNALLED, str(tmp_path), how]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert ended("thread").returncode == -signal.SIGTERM
-    assert ended("child").stdout == f"{-signal.SIGTERM}\n"
+    ended = children.run(SIGNALLED, tmp_path, "thread", warn="ignore")
+    assert ended.returncode == -signal.SIGTERM
+    ended = children.run(SIGNALLED, tmp_path, "child", warn="ignore")
+    assert ended.stdout == f"{-signal.SIGTERM}\n"
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -577,12 +579,8 @@ def test_save_refuses_what_is_there(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["a"]
 
 
-def test_what_comes_to_be_meanwhile_is_left_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gated = GatedFileSystem()
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: gated)
-    handle = asyncsave.save({"x": 1}, tmp_path / "a")
+def test_what_comes_to_be_meanwhile_is_left_as_it_is(tmp_path: Path, gated: GatedDisk) -> None:
+    handle = asyncsave.save({"x": 1}, gated.at(tmp_path / "a"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("")
     gated.gate.set()
@@ -603,37 +601,30 @@ def test_save_never_replaces_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def test_overwriting_where_names_cannot_be_swapped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("asyncsave.storage.filesystem.LocalFileSystem.exchange", lambda *_: False)
-    asyncsave.save({"x": 1}, tmp_path / "a").result()
-    asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True).result()
+def test_overwriting_where_names_cannot_be_swapped(tmp_path: Path) -> None:
+    place = NoExchangeDisk().at(tmp_path / "a")
+    asyncsave.save({"x": 1}, place).result()
+    asyncsave.save({"x": 2}, place, overwrite=True).result()
     assert asyncsave.load(tmp_path / "a") == {"x": 2}
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_kill_between_the_two_renames_of_an_overwrite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_the_two_renames_of_an_overwrite(tmp_path: Path) -> None:
     """Where names cannot be swapped: the old checkpoint is hidden, the new one not yet there."""
     asyncsave.save({"x": 1}, tmp_path / "a").result()
-    with monkeypatch.context() as patch:
-        renames = []
+    renames = []
 
-        def rename(_: Any, source: Path, target: Path) -> None:
-            renames.append(target)
-            if len(renames) > 2:
-                raise KeyboardInterrupt("as good as killed")
-            os.rename(source, target)
+    def ask(what: str, path: Path) -> None:
+        if what == "rename":
+            renames.append(path)
+        if len(renames) > 2:  # nothing happens any more
+            raise KeyboardInterrupt("as good as killed")
 
-        patch.setattr("asyncsave.storage.filesystem.LocalFileSystem.exchange", lambda *_: False)
-        patch.setattr("asyncsave.storage.filesystem.LocalFileSystem.rename", rename)
-        patch.setattr("asyncsave.storage.commit.discard", lambda *_: None)
-        handle = asyncsave.save({"x": 2}, tmp_path / "a", overwrite=True)
-        # in a thread of asyncsave it is a failure like any other; as it is, it ends an event loop
-        with pytest.raises(asyncsave.SaveError, match="as good as killed"):
-            handle.result()
+    place = AskingDisk(ask, NoExchangeDisk()).at(tmp_path / "a")
+    handle = asyncsave.save({"x": 2}, place, overwrite=True)
+    # in a thread of asyncsave it is a failure like any other; as it is, it ends an event loop
+    with pytest.raises(asyncsave.SaveError, match="as good as killed"):
+        handle.result()
     assert not (tmp_path / "a").exists()
     handle = asyncsave.save({"x": 3}, tmp_path / "b")  # sweeps only what is of "b"
     handle.result()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import asyncsave
 from asyncsave.pages import pages
 from asyncsave.storage.direct import LocalReadable
+from asyncsave.storage.disk import ReadableFile
+from tests.doubles.disks import AskingDisk, WrappedDisk
+from tests.doubles.fault_disk import FaultDisk, Faults
 
 LENGTH = (9 << 20) + 1234
 
@@ -66,86 +71,100 @@ def test_a_cold_read_leaves_the_page_cache_alone(tmp_path: Path, data: bytes) ->
     file.close()
 
 
+class Cold(LocalReadable):
+    """A file that the page cache is said to know nothing of."""
+
+    def is_cached(self, offset: int, nbytes: int) -> bool:
+        return False
+
+
+class ColdDisk(WrappedDisk):
+    def open(self, path: Path) -> ReadableFile:
+        return Cold(path)
+
+
 def test_who_refuses_direct_reads_is_read_otherwise(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = LocalReadable(tmp_path / "file")
-    monkeypatch.setattr(LocalReadable, "is_cached", lambda *_: False)
     preadv, refused = os.preadv, 0
 
     def refusing(descriptor: int, buffers: Any, offset: int) -> int:
         nonlocal refused
-        if descriptor == file._direct:
+        if is_direct(descriptor):
             refused += 1
             raise OSError(errno.EINVAL, "no")
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", refusing)
+    file = Cold(tmp_path / "file")
     memory = pages(LENGTH)
     assert file.read_into(0, memory.data) == LENGTH
     assert memory.tobytes() == data
-    assert refused == (file._direct >= 0)
     file.close()
+    try:
+        os.close(os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        assert refused == 0, "this filesystem has no direct reads"
+    else:
+        assert refused == 1
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 @pytest.mark.parametrize("compression", ["off", 1])
-@pytest.mark.parametrize("available", [0, 12 << 20, 1 << 40])
+@pytest.mark.parametrize("available", [0, 6 << 20, 1 << 40])
 def test_restore_with_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, compression: Any
 ) -> None:
     """What cannot be held is read twice, and the promise is kept with any of it."""
-    from asyncsave.reading.checkpoint import Checkpoint
+    # little memory to save with makes short chunks
+    state = {"a": torch.randn(1 << 18), "b": torch.randn(1 << 18), "c": torch.randn(1 << 19)}
+    limit = 700_000 if compression == "off" else 2 << 20
+    report = asyncsave.save(
+        state, tmp_path / "a", compression=compression, memory_limit=limit
+    ).result()
+    assert report.chunks == 64
+    faults = Faults()
+    place = FaultDisk(faults, ColdDisk()).at(tmp_path / "a")
 
-    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 1 << 20)
-    state = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20)}
-    asyncsave.save(state, tmp_path / "a", compression=compression).result()
-    monkeypatch.setattr("asyncsave.restoring.apply.available_memory", lambda: available)
-    monkeypatch.setattr(LocalReadable, "is_cached", lambda *_: False)
-    reads, frame = 0, Checkpoint._frame
+    def reads() -> int:
+        return sum(each.kind == "read" for each in faults.operations if is_data(each.path))
 
-    def counting(self: Checkpoint, i: int, memory: Any) -> Any:
-        nonlocal reads
-        reads += 1
-        return frame(self, i, memory)
-
-    monkeypatch.setattr(Checkpoint, "_frame", counting)
-    into = {name: torch.zeros(1 << 20) for name in state}
-    asyncsave.restore(tmp_path / "a", into)
+    memory = psutil.virtual_memory()._replace(available=available)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    into = {name: torch.zeros_like(value) for name, value in state.items()}
+    asyncsave.restore(place, into)
     assert all(torch.equal(into[name], state[name]) for name in state)
-    chunks = asyncsave.verify(tmp_path / "a").chunks
-    reads -= chunks
-    assert chunks == 8
-    assert reads == {0: 16, 12 << 20: 10, 1 << 40: 8}[available]
+    # half of what is available is used to hold chunks of 64 KiB
+    assert reads() == {0: 2 * 64, 6 << 20: 64 + 64 - 48, 1 << 40: 64}[available]
 
     with open(tmp_path / "a" / "rank-00000.data", "r+b") as file:
         file.seek(-5000, os.SEEK_END)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    into = {name: torch.zeros(1 << 20) for name in state}
+    into = {name: torch.zeros_like(value) for name, value in state.items()}
     with pytest.raises(asyncsave.IntegrityError, match="checksum"):
-        asyncsave.restore(tmp_path / "a", into)
+        asyncsave.restore(place, into)
     assert not any(tensor.any() for tensor in into.values())
 
 
-def test_memory_that_lacks_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def is_data(path: Path) -> bool:
+    return path.suffix == ".data"
+
+
+def test_memory_that_lacks_is_no_damage(tmp_path: Path) -> None:
     """A run must not go on from an older checkpoint because memory was short for a moment."""
     with asyncsave.Checkpointer(tmp_path, compression="off") as ckpt:
         for step in (1, 2):
             ckpt.save(step, {"w": torch.full((1 << 20,), float(step))}, block=True)
 
-    def refuse(*_: Any) -> int:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    def refuse(what: str, path: Path) -> None:
+        if what == "read_into" and is_data(path):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("asyncsave.storage.direct.LocalReadable.read_into", refuse)
-    monkeypatch.setattr(
-        "asyncsave.reading.checkpoint._read_first",
-        lambda _, path: (path / "checkpoint.json").read_bytes(),
-    )
-    monkeypatch.setattr(
-        "asyncsave.reading.checkpoint._read_all",
-        lambda _, path, *more, **options: path.read_bytes(),
-    )
     with pytest.raises(asyncsave.LoadError, match="cannot be read now") as caught:
-        asyncsave.load(tmp_path)
+        asyncsave.load(AskingDisk(refuse).at(tmp_path))
     assert not isinstance(caught.value, asyncsave.IntegrityError)

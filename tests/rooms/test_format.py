@@ -139,7 +139,7 @@ def test_the_exponent_planes_in_the_document() -> None:
 
 def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
     from asyncsave.format.codings import CODINGS
-    from asyncsave.format.manifest import RankRecord
+    from asyncsave.format.records import RankRecord
 
     text = FORMAT_MD.read_text()
     nodes = typing.get_args(typing.get_type_hints(RankRecord)["tree"])

@@ -8,7 +8,7 @@ import torch
 
 import asyncsave
 from asyncsave.state.flatten import flatten
-from asyncsave.state.plan import Planner
+from asyncsave.state.layout import Layouts
 
 
 def adam(count: int, scale: float = 1e-3) -> dict[str, dict[str, torch.Tensor]]:
@@ -24,8 +24,8 @@ def adam(count: int, scale: float = 1e-3) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_likes_are_side_by_side() -> None:
     flat = flatten(adam(3))
-    plan = Planner().plan(flat, 16 << 20, [False] * 6)
-    order = sorted(range(6), key=lambda i: plan.placements[i].start)
+    layout = Layouts().of(flat)
+    order = sorted(range(6), key=lambda i: layout.placements[i].start)
     assert [flat.names[i] for i in order] == [
         *("0.exp_avg", "1.exp_avg", "2.exp_avg"),
         *("0.exp_avg_sq", "1.exp_avg_sq", "2.exp_avg_sq"),

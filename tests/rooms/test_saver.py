@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 import time
 import weakref
@@ -14,9 +15,10 @@ import torch
 
 import asyncsave
 from asyncsave import Saver
-from asyncsave.storage.filesystem import LocalFileSystem
-from tests.doubles.faultfs import FaultFileSystem, Faults
-from tests.support import assert_same
+from asyncsave.pages import PAGE_BYTES
+from tests.doubles.disks import AskingDisk
+from tests.doubles.fault_disk import FaultDisk, Faults
+from tests.support import assert_same, eventually
 
 
 def state_of(number: int) -> dict[str, Any]:
@@ -49,26 +51,45 @@ def test_step_and_metrics_are_stored(tmp_path: Path) -> None:
     assert_same(into, state_of(1))
 
 
-def test_a_second_save_takes_no_memory_and_no_thread(tmp_path: Path) -> None:
+def test_a_second_save_takes_no_memory_and_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    take = mmap.mmap
+
+    def taking(number: int, length: int, **options: Any) -> mmap.mmap:
+        taken.append(length)
+        return take(number, length, **options)
+
+    monkeypatch.setattr(mmap, "mmap", taking)
     with Saver(compression=1) as saver:
         first = saver.save(state_of(1), tmp_path / "a").result()
+        assert sum(taken) >= 1_200_000, "slots are taken there"
+        taken.clear()
         threads = {thread.ident for thread in threading.enumerate()}
-        arenas = [id(arena) for arena in saver._pipeline._memory.arenas]
         for number in range(2, 6):
             report = saver.save(state_of(number), tmp_path / f"{number}").result()
             assert report.peak_memory_bytes == first.peak_memory_bytes
             assert {thread.ident for thread in threading.enumerate()} == threads
-            assert [id(arena) for arena in saver._pipeline._memory.arenas] == arenas
+        assert taken == []
 
 
 def test_prewarm_takes_the_memory(tmp_path: Path) -> None:
+    state = {"w": torch.randn(8 << 20)}
     with Saver(compression=0) as saver:
-        saver.prewarm(state_of(0))
-        taken = sum(arena.nbytes for arena in saver._pipeline._memory.arenas)
-        assert taken >= 1_200_000
-        saver.save(state_of(1), tmp_path / "a").result()
-        assert sum(arena.nbytes for arena in saver._pipeline._memory.arenas) == taken
-    assert_same(asyncsave.load(tmp_path / "a"), state_of(1))
+        before = resident()
+        saver.prewarm(state)
+        taken = resident() - before
+        assert taken >= 30 << 20
+        report = saver.save(state, tmp_path / "a").result()
+        assert report.peak_memory_bytes == 32 << 20
+        assert resident() - before <= taken + (8 << 20), "and the save takes no other"
+    assert_same(asyncsave.load(tmp_path / "a"), state)
+
+
+def resident() -> int:
+    """Return how many bytes of memory this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 def test_what_is_there_is_not_replaced_but_on_demand(tmp_path: Path) -> None:
@@ -98,19 +119,14 @@ def test_names_of_steps_are_guarded(tmp_path: Path) -> None:
         saver.save(state_of(2), tmp_path / "step-000000005", step=5)
 
 
-class SlowFileSystem(LocalFileSystem):
-    """Making directories takes time."""
-
-    def make_directories(self, path: Path) -> None:
-        time.sleep(0.1)
-        super().make_directories(path)
-
-
-def test_a_save_is_timed_from_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", SlowFileSystem)
-    assert asyncsave.save(state_of(1), tmp_path / "a").result().blocked_seconds >= 0.1
+def test_a_save_is_timed_from_its_call(tmp_path: Path) -> None:
+    disk = AskingDisk(lambda what, _: what != "create_directory" or time.sleep(0.1))
+    # the parent is made, and more, before there is anything to save
+    path = tmp_path / "deep" / "a"
+    assert asyncsave.save(state_of(1), disk.at(path)).result().blocked_seconds >= 0.1
     with Saver() as saver:
-        assert saver.save(state_of(1), tmp_path / "b").result().blocked_seconds >= 0.1
+        path = tmp_path / "deeper" / "b"
+        assert saver.save(state_of(1), disk.at(path)).result().blocked_seconds >= 0.1
 
 
 @pytest.mark.parametrize(
@@ -136,35 +152,29 @@ def test_a_mistake_is_said_at_once_and_leaves_nothing(
     assert_same(asyncsave.load(tmp_path / "b"), state_of(2))
 
 
-def test_an_error_in_the_background_is_raised_once_by_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faults = Faults(3, 28)
-    faults.on = False
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
+def test_an_error_in_the_background_is_raised_once_by_the_next_call(tmp_path: Path) -> None:
+    faults = Faults(3, 28)  # the first three are before the save begins
+    place = FaultDisk(faults).at(tmp_path)
     with Saver() as saver:
-        saver.save(state_of(1), tmp_path / "a").result()
-        faults.operations.clear()
+        faults.on = False
+        saver.save(state_of(1), place / "a").result()
+        assert faults.operations == []
         faults.on = True
-        handle = saver.save(state_of(2), tmp_path / "b")
-        assert handle._wait_ended(30)
+        handle = saver.save(state_of(2), place / "b")
+        assert eventually(handle.done, 30)
         faults.on = False
         with pytest.raises(asyncsave.DiskFullError):
-            saver.save(state_of(3), tmp_path / "c")
-        saver.save(state_of(3), tmp_path / "c")  # nothing was begun, so it can be called again
+            saver.save(state_of(3), place / "c")
+        saver.save(state_of(3), place / "c")  # nothing was begun, so it can be called again
         assert saver.wait()
         assert (saver.stats.saves, saver.stats.failures) == (2, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
     assert_same(asyncsave.load(tmp_path / "c"), state_of(3))
 
 
-def test_the_error_of_the_last_save_is_raised_by_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faults = Faults(3, 28, lasting=True)
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
+def test_the_error_of_the_last_save_is_raised_by_close(tmp_path: Path) -> None:
     saver = Saver()
-    saver.save(state_of(1), tmp_path / "a")
+    saver.save(state_of(1), FaultDisk(Faults(3, 28, lasting=True)).at(tmp_path / "a"))
     with pytest.raises(asyncsave.DiskFullError):
         saver.close()
     saver.close()
@@ -173,14 +183,11 @@ def test_the_error_of_the_last_save_is_raised_by_close(
 
 
 def test_in_with_the_users_own_exception_comes_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faults = Faults(3, 28, lasting=True)
-    monkeypatch.setattr("asyncsave.saver.LocalFileSystem", lambda: FaultFileSystem(faults))
-
     def work() -> None:
         with Saver() as saver:
-            saver.save(state_of(1), tmp_path / "a")
+            saver.save(state_of(1), FaultDisk(Faults(3, 28, lasting=True)).at(tmp_path / "a"))
             raise KeyError("mine")
 
     with pytest.raises(KeyError) as caught:

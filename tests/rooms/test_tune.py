@@ -15,11 +15,11 @@ import torch
 import asyncsave
 from asyncsave import TuneReport, TuneRow
 from asyncsave.pipeline.budget import CHUNK_BYTES
-from asyncsave.storage.commit import Draft, begin
-from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.storage.draft import Scratch
+from asyncsave.storage.place import Place
 from asyncsave.tuning import measure
 from asyncsave.tuning.sample import Sample, sample_of_checkpoint, sample_of_state
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from tests.doubles.fault_disk import FaultDisk, Faults
 
 
 def state(mib: int = 4) -> dict[str, Any]:
@@ -29,6 +29,12 @@ def state(mib: int = 4) -> dict[str, Any]:
         "ids": np.arange(1 << 16, dtype=np.int32),
         "step": 7,
     }
+
+
+def room_for(monkeypatch: pytest.MonkeyPatch, path: Path, nbytes: int) -> None:
+    """Let the disk have so much room, an eighth of which the sample may have."""
+    usage = shutil.disk_usage(path)._replace(free=nbytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
 def test_a_live_state(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_a_checkpoint_and_a_run_are_left_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_sample_stands_for_a_large_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_SAMPLE_BYTES", CHUNK_BYTES)
+    room_for(monkeypatch, tmp_path, 8 * CHUNK_BYTES)
     # the first half compresses, the second does not
     large = {"w": torch.cat([torch.zeros(12 << 20), torch.randn(12 << 20)])}
     report = asyncsave.tune(large, directory=tmp_path, levels=[0], seconds=2)
@@ -124,9 +130,8 @@ def test_nothing_stays_when_it_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_one_left_is_swept(tmp_path: Path) -> None:
-    left = begin(LocalFileSystem(), tmp_path / "tune")
-    assert left.lock is not None
-    left.lock.release()
+    Scratch(Place(tmp_path / "tune")).unlock()
+    assert len(list(tmp_path.iterdir())) == 1
     asyncsave.tune(state(), directory=tmp_path, levels=[0], seconds=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -145,8 +150,8 @@ def test_a_state_with_short_chunks_is_measured_whole(tmp_path: Path) -> None:
 def test_levels_that_saw_other_chunks_are_compared_on_the_same_ones(tmp_path: Path) -> None:
     """Level 9 has only seen chunks that shrink more than the others."""
     sample = Sample([torch.zeros(100, dtype=torch.uint8) for _ in range(4)], 40_000)
-    draft = Draft(tmp_path, tmp_path, None)
-    measuring = measure._Measuring(LocalFileSystem(), draft, sample, 0.0, 1.0, None)
+    # private: what is measured, nobody can choose
+    measuring = measure._Measuring(Place(tmp_path), sample, 0.0, 1.0, None)
     off = measure._Level(0, values=sample.values, durable_seconds=[1.0], cpu_seconds=[1.0])
     one = measure._Level(1, [1e-9], [50, 50, 90, 90], sample.values, [1.0], [1.0])
     nine = measure._Level(9, [1e-8], [45, 45], sample.values[:2], [1.0], [1.0])
@@ -175,7 +180,7 @@ def test_a_live_state_and_its_checkpoint_are_the_same_sample(tmp_path: Path) -> 
     large = {**state(20), "swapped": np.arange(1000, dtype=">i4"), "odd": b"x" * 1001}
     asyncsave.save(large, tmp_path / "a", memory_limit=8 << 20).result()  # in short chunks
     live = sample_of_state(large, 1 << 40)
-    stored = sample_of_checkpoint(LocalFileSystem(), tmp_path / "a", 1 << 40)
+    stored = sample_of_checkpoint(Place(tmp_path / "a"), 1 << 40)
     assert live.state_bytes == stored.state_bytes == sum(v.nbytes for v in live.values)
     assert raw(live) == raw(stored)
     assert sorted(str(v.dtype) for v in live.values) == sorted(str(v.dtype) for v in stored.values)
@@ -208,22 +213,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_disk_with_little_room_gets_a_small_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=8 * CHUNK_BYTES)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    room_for(monkeypatch, tmp_path, 8 * CHUNK_BYTES)
     measured = asyncsave.tune(state(48), directory=tmp_path, levels=[0], seconds=0.5)
     assert measured.row(0).sample_bytes <= CHUNK_BYTES < measured.state_bytes
 
 
-def test_every_operation_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operation_fails_once(tmp_path: Path) -> None:
     small = {"w": torch.ones(1000)}
     for i in range(300):
         faults = Faults(i, errno.ENOSPC)
-        monkeypatch.setattr(
-            measure, "LocalFileSystem", lambda faults=faults: FaultFileSystem(faults)
-        )
+        place = FaultDisk(faults).at(tmp_path)
         error: BaseException | None = None
         try:
-            asyncsave.tune(small, directory=tmp_path, levels=[0], seconds=0.001)
+            asyncsave.tune(small, directory=place, levels=[0], seconds=0.001)
         except (asyncsave.DiskFullError, asyncsave.CommitError) as caught:
             error = caught
         if faults.hit is None:
@@ -232,7 +234,7 @@ def test_every_operation_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (error is None) == last, faults.hit
         if last:  # it could not be removed: the next one does
             faults.at = -1
-            asyncsave.tune(small, directory=tmp_path, levels=[0], seconds=0.001)
+            asyncsave.tune(small, directory=place, levels=[0], seconds=0.001)
         assert list(tmp_path.iterdir()) == []
     else:
         pytest.fail("the sweep did not end")

@@ -20,6 +20,8 @@ import pytest
 
 from tests.scripts.conftest import ROOT, Run, class_of, outcome
 
+pytestmark = pytest.mark.xdist_group("scripts")  # they share a process of their own
+
 SCRIPTS = ("auto", "codec", "faults", "gil", "many", "memory", "restore", "save", "stall", "start")
 FIGURES = {
     "blocked_seconds",

@@ -16,6 +16,8 @@ import pytest
 
 from tests.scripts.conftest import Run
 
+pytestmark = pytest.mark.xdist_group("scripts")
+
 SOURCE = '''
 """A tiny product."""
 SIZE: int = 4 << 10

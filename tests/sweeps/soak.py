@@ -3,7 +3,7 @@
     python -m tests.sweeps.soak --seconds 600
 
 A model trains and saves in rounds. In each round the Checkpointer has another policy, compression,
-memory limit and busy policy, the filesystem fails now and then, and the round ends by close(), by
+memory limit and busy policy, the disk fails now and then, and the round ends by close(), by
 an exception or by being dropped. After every round all that is durable is compared with what was
 saved, and memory, descriptors and threads with what they were after the first rounds.
 
@@ -36,9 +36,8 @@ import psutil
 import torch
 
 import asyncsave
-import asyncsave.run.checkpointer
 from asyncsave import Checkpointer
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from tests.doubles.fault_disk import Fault, FaultDisk, Faults
 from tests.support import eventually
 
 SETTLED_ROUNDS = 10
@@ -59,10 +58,11 @@ class RandomFaults(Faults):
         self._chance = chance
         self.on = False
 
-    def meet(self, kind: str, path: Path, offset: int = 0, length: int = 0) -> None:
+    def meet(self, kind: str, path: Path, offset: int = 0, length: int = 0) -> Fault | None:
         if self.on and self._chance.randrange(60) == 0:
             number = self._chance.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT])
             raise OSError(number, os.strerror(number), str(path))
+        return None
 
 
 class Training:
@@ -108,9 +108,6 @@ class Soak:
     def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         faults = RandomFaults(self.chance)
-        asyncsave.run.checkpointer.LocalFileSystem = (  # type: ignore[misc,assignment]
-            lambda: FaultFileSystem(faults)
-        )
         training = Training(0)
         for number in itertools.count():
             # a slow machine has few rounds: go on until there was something to survive
@@ -139,7 +136,7 @@ class Soak:
         faults.on = False
         if self.chance.random() < 0.3:
             training = Training(self.chance.randrange(1000))  # a new process, so to say
-        ckpts = [Checkpointer(self.directory, **self.options())]
+        ckpts = [Checkpointer(FaultDisk(faults).at(self.directory), **self.options())]
         handles: list[asyncsave.SaveHandle] = []
         start = ckpts[0].restore(training.state())
         training.step = start or 0
@@ -158,7 +155,8 @@ class Soak:
                 self.counts["failures seen"] += 1
                 # its handle keeps the error, and that the frames, which keep the Checkpointer
                 traceback.clear_frames(error.__traceback__)
-                # the error was an earlier save's, and this step's own was begun all the same
+                # The error was an earlier save's, and this step's own was begun all the same.
+                # Private: whoever gets the error does not get the handle.
                 current = ckpts[0]._pipeline.current
                 handles += [current] if current is not None and current not in handles else []
             else:
@@ -259,12 +257,11 @@ def own_threads() -> list[str]:
 def soak(seconds: float, seed: int) -> str:
     """Run; return the line of figures. Raises `ViolationError`."""
     directory = Path(tempfile.mkdtemp(prefix="asyncsave-soak-"))
-    began, real = time.monotonic(), asyncsave.run.checkpointer.LocalFileSystem
+    began = time.monotonic()
     it = Soak(directory / "run", random.Random(seed))
     try:
         it.run(seconds)
     finally:
-        asyncsave.run.checkpointer.LocalFileSystem = real  # type: ignore[misc]
         shutil.rmtree(directory, ignore_errors=True)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(it.counts.items()))
     settled = min(SETTLED_ROUNDS, it.counts["rounds"] - 1)

@@ -1,6 +1,6 @@
 """A power cut at any moment: what was reported durable is there, and the next run goes on from it.
 
-Every run is recorded (crashfs.py). Then, after each single change to the disk, images of what a
+Every run is recorded (crash_disk.py). Then, after each single change to the disk, images of what a
 power cut would leave are made into directories, opened by a reader, and a next run goes on there.
 All that happens in this process, and for a few images in fresh ones.
 
@@ -16,9 +16,8 @@ import hashlib
 import itertools
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,23 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
-from asyncsave.format.manifest import CHECKPOINT_FILE, rank_file
-from asyncsave.storage import commit as commits
-from asyncsave.storage.filesystem import LocalFileSystem
-from asyncsave.storage.steps import list_steps, prune, step_path
-from tests import counts
-from tests.doubles.crashfs import (
-    CrashFileSystem,
-    Disk,
+from asyncsave.format.files import CHECKPOINT_FILE, rank_file
+from asyncsave.storage.disk import WritableFile
+from asyncsave.storage.place import Place
+from asyncsave.storage.steps import list_steps, prune
+from tests import children, counts
+from tests.doubles.crash_disk import (
+    CrashDisk,
     Event,
     Keep,
     Log,
+    Platter,
     Tree,
     fingerprint,
     write_image,
 )
-from tests.doubles.faultfs import FaultFileSystem, Faults
+from tests.doubles.disks import WrappedDisk, WrappedFile
+from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.support import assert_same
 
 SMALL: dict[str, Any] = {"compression": "off", "memory_limit": 180 << 10}  # three chunks
@@ -55,40 +55,29 @@ def state_of(step: int) -> dict[str, Any]:
     return {"w": torch.randn(40_000, generator=torch.Generator().manual_seed(step)), "step": step}
 
 
-class Crashing(FaultFileSystem, CrashFileSystem):
-    """Recorded, and with faults."""
-
-    def __init__(self, log: Log, faults: Faults) -> None:
-        FaultFileSystem.__init__(self, faults)
-        CrashFileSystem.__init__(self, log)
-
-    def remove_file(self, path: Path) -> None:
-        CrashFileSystem.remove_file(self, path)
-
-
-MakeFileSystem = Callable[[Log], LocalFileSystem]
+MakeDisk = Callable[[Log], WrappedDisk]
+"""Puts a disk together that writes to a log. Faults are below that, and so are logged as they are;
+mutants are above it: what they do is what asyncsave would have done."""
 
 
 # -- what is recorded -------------------------------------------------------------------------
 
 
-def run(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -> None:
+def run(log: Log, steps: int, disk: WrappedDisk) -> None:
     """Save ``steps`` times in a run with retention; go on from what is there."""
-    patch.setattr("asyncsave.run.checkpointer.LocalFileSystem", lambda: make(log))
-    with Checkpointer(log.root / "runs" / "a", keep_last=KEEP, **SMALL) as ckpt:
-        start = ckpt.load(keys="step")["step"] if ckpt.steps() else 0
+    with Checkpointer(disk.at(log.root / "runs" / "a"), keep_last=KEEP, **SMALL) as ckpt:
+        start: int = ckpt.load(keys="step")["step"] if ckpt.steps() else 0
         for step in range(start + 1, start + steps + 1):
             ckpt.save(step, state_of(step), block=True)
             log.note(step)
 
 
-def overwrite(log: Log, steps: int, patch: pytest.MonkeyPatch, make: MakeFileSystem) -> None:
+def overwrite(log: Log, steps: int, disk: WrappedDisk) -> None:
     """Save ``steps`` times to one path, each in place of what is there."""
-    patch.setattr("asyncsave.saver.LocalFileSystem", lambda: make(log))
     path = log.root / "runs" / "a"
-    start = asyncsave.load(path)["step"] if (path / CHECKPOINT_FILE).exists() else 0
+    start: int = asyncsave.load(path)["step"] if (path / CHECKPOINT_FILE).exists() else 0
     for step in range(start + 1, start + steps + 1):
-        asyncsave.save(state_of(step), path, overwrite=True, **SMALL).result()
+        asyncsave.save(state_of(step), disk.at(path), overwrite=True, **SMALL).result()
         log.note(step)
 
 
@@ -108,7 +97,7 @@ def check_run(image: Path, reported: list[int]) -> None:
         assert chunks == 3 * len(present), chunks
         assert_same(asyncsave.load(directory), state_of(present[-1]))
     with Checkpointer(directory, keep_last=KEEP, **SMALL) as ckpt:
-        state = {"w": torch.zeros(40_000), "step": 0}
+        state: dict[str, Any] = {"w": torch.zeros(40_000), "step": 0}
         assert ckpt.restore(state) == (present[-1] if present else None)
         after = state["step"] + 1
         ckpt.save(after, state_of(after), block=True)
@@ -133,7 +122,7 @@ def check_overwrite(image: Path, reported: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    record: Callable[[Log, int, pytest.MonkeyPatch, MakeFileSystem], None]
+    record: Callable[[Log, int, WrappedDisk], None]
     check: Callable[[Path, list[int]], None]
 
 
@@ -152,16 +141,16 @@ def images(
     Args:
         count: random ones after each event, beside the certain ones. Equal images come once.
     """
-    disk, reported = Disk(root), []
+    platter, reported = Platter(root), []
     seen: set[tuple[bytes, int]] = set()
     for i, event in enumerate(events):
-        disk.apply(event)
+        platter.apply(event)
         if event.kind == "note":
             reported.append(event.note)
         if i < begin:
             continue
-        for keep in [*CERTAIN, *range(disk.young), *[chance] * count]:
-            tree = disk.image(keep)
+        for keep in [*CERTAIN, *range(platter.young), *[chance] * count]:
+            tree = platter.image(keep)
             key = fingerprint(tree), len(reported)
             if key not in seen:
                 seen.add(key)
@@ -183,17 +172,11 @@ def survey(log: Log, scenario: Scenario, scratch: Path, chance: random.Random, c
         shutil.rmtree(image)
 
 
-def record(
-    scenario: Scenario,
-    directory: Path,
-    steps: int,
-    make: MakeFileSystem = CrashFileSystem,
-) -> Log:
+def record(scenario: Scenario, directory: Path, steps: int, make: MakeDisk = CrashDisk) -> Log:
     root = directory / "disk"
     root.mkdir(parents=True)
     log = Log(root)
-    with pytest.MonkeyPatch.context() as patch:
-        scenario.record(log, steps, patch, make)
+    scenario.record(log, steps, make(log))
     return log
 
 
@@ -212,12 +195,7 @@ def test_many_power_cuts(tmp_path: Path, scenario: Scenario, seed: int) -> None:
 
 
 def interrupted(
-    scenario: Scenario,
-    directory: Path,
-    at: int,
-    *,
-    killed: bool,
-    make: MakeFileSystem = CrashFileSystem,
+    scenario: Scenario, directory: Path, at: int, *, killed: bool, make: MakeDisk = CrashDisk
 ) -> tuple[Log, int] | None:
     """Record a run whose operation ``at`` fails, or that is killed there, and a run after it.
 
@@ -228,13 +206,12 @@ def interrupted(
     root = directory / "disk"
     root.mkdir(parents=True)
     log, faults = Log(root), Faults(at, errno.EIO, lasting=killed)
-    with pytest.MonkeyPatch.context() as patch:
-        with contextlib.suppress(asyncsave.AsyncSaveError):
-            scenario.record(log, 3, patch, lambda log: Crashing(log, faults))
-        if faults.hit is None:
-            return None
-        begin = len(log.events)
-        scenario.record(log, 1, patch, make)
+    with contextlib.suppress(asyncsave.AsyncSaveError):
+        scenario.record(log, 3, CrashDisk(log, FaultDisk(faults)))
+    if faults.hit is None:
+        return None
+    begin = len(log.events)
+    scenario.record(log, 1, make(log))
     return log, begin if killed else 0
 
 
@@ -257,7 +234,7 @@ def test_power_cuts_after_every_kill_and_every_fault(
 def after_interruptions(
     scenario: Scenario, scratch: Path, *, killed: bool, every: int, count: int
 ) -> list[str]:
-    broken = []
+    broken: list[str] = []
     for at in itertools.count(0, every):
         recorded = interrupted(scenario, scratch / str(at), at, killed=killed)
         if recorded is None:
@@ -272,12 +249,12 @@ def after_interruptions(
 
 
 def test_a_directory_that_somebody_made_just_before(tmp_path: Path) -> None:
-    def made_by_hand(log: Log) -> CrashFileSystem:
-        filesystem = CrashFileSystem(log)
+    def made_by_hand(log: Log) -> WrappedDisk:
+        disk = CrashDisk(log)
         for path in (log.root / "runs", log.root / "runs" / "a"):
-            filesystem.create_directory(path)
+            disk.create_directory(path)
         log.add("sync_directory", log.root)
-        return filesystem
+        return disk
 
     log = record(SCENARIOS["run"], tmp_path, 1, made_by_hand)
     assert list(survey(log, SCENARIOS["run"], tmp_path, random.Random(1), 1)) == []
@@ -302,9 +279,8 @@ def test_a_fresh_process_reads_images(tmp_path: Path) -> None:
     for step, tree in last.items():
         write_image(tree, tmp_path / str(step))
         counts.add("images")
-    paths = [str(tmp_path / str(step) / "runs" / "a") for step in last]
-    command = [sys.executable, "-c", READ, *paths]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    paths = [tmp_path / str(step) / "runs" / "a" for step in last]
+    ended = children.run(READ, *paths)
     assert ended.returncode == 0, ended.stderr
     for step, line in zip(last, ended.stdout.splitlines(), strict=True):
         found, digest = line.split()
@@ -316,14 +292,14 @@ def test_a_fresh_process_reads_images(tmp_path: Path) -> None:
 # -- mutants ----------------------------------------------------------------------------------
 
 
-class Forgetful(CrashFileSystem):
+class Forgetful(WrappedDisk):
     """Leaves out the syncs that ``forgets``, called with the path, says it should."""
 
-    def __init__(self, log: Log, forgets: Callable[[Path], bool]) -> None:
-        super().__init__(log)
+    def __init__(self, forgets: Callable[[Path], bool], disk: WrappedDisk) -> None:
+        super().__init__(disk)
         self.forgets = forgets
 
-    async def create(self, path: Path, executor: Any) -> Any:
+    async def create(self, path: Path, executor: Executor) -> WritableFile:
         file = await super().create(path, executor)
         return Unsynced(file) if self.forgets(path) else file
 
@@ -335,21 +311,77 @@ class Forgetful(CrashFileSystem):
             super().sync_directory(path)
 
 
-class Unsynced:
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    async def write(self, view: memoryview) -> None:
-        await self._file.write(view)
-
+class Unsynced(WrappedFile):
     async def sync(self) -> None:
         pass
 
-    async def close(self) -> None:
-        await self._file.close()
+
+class EarlyRename(WrappedDisk):
+    """Writes manifests only once their directory has its name, and the name is synced."""
+
+    def __init__(self, disk: WrappedDisk) -> None:
+        super().__init__(disk)
+        self.held: dict[Path, list[tuple[str, bytes]]] = {}
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+        self.held.setdefault(path.parent, []).append((path.name, data))
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self.make_up(source, target)
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        done = super().exchange(one, other)
+        if done:
+            self.make_up(one, other)
+        return done
+
+    def make_up(self, draft: Path, target: Path) -> None:
+        """Write what the checkpoint at ``target`` lacks, if it was a draft a moment ago."""
+        if draft not in self.held:
+            return
+        super().sync_directory(target.parent)
+        for name, data in self.held.pop(draft):
+            super().write_file(target / name, data, sync=True)
+        super().sync_directory(target)
 
 
-def notices(scenario: Scenario, directory: Path, make: MakeFileSystem = CrashFileSystem) -> bool:
+class GreedyPruning(WrappedDisk):
+    """Makes room for a checkpoint when it is about to be committed."""
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+        if path.name == CHECKPOINT_FILE:
+            run = Place(path.parent.parent, self.inner)
+            prune(run, list_steps(run)[: -(KEEP - 1)])
+        super().write_file(path, data, sync=sync)
+
+
+class HastyPruning(WrappedDisk):
+    """Leaves out the sync between the hiding of a checkpoint and its removal."""
+
+    hides = False
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self.hides = target.name.startswith(".")
+
+    def sync_directory(self, path: Path) -> None:
+        if not self.hides:
+            super().sync_directory(path)
+        self.hides = False
+
+
+class HastyExchange(WrappedDisk):
+    """Removes what was replaced as soon as it is."""
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        done = super().exchange(one, other)
+        if done:
+            super().remove_tree(one)
+        return done
+
+
+def notices(scenario: Scenario, directory: Path, make: MakeDisk) -> bool:
     """Whether the harness finds a broken promise."""
     log = record(scenario, directory, 4, make)
     return next(survey(log, scenario, directory, random.Random(1), 6), None) is not None
@@ -370,75 +402,39 @@ FORGOTTEN: dict[str, Callable[[Path], bool]] = {
 def test_a_forgotten_sync_is_noticed(
     tmp_path: Path, scenario: Scenario, forgets: Callable[[Path], bool]
 ) -> None:
-    assert notices(scenario, tmp_path, lambda log: Forgetful(log, forgets))
+    assert notices(scenario, tmp_path, lambda log: Forgetful(forgets, CrashDisk(log)))
 
 
 @each_scenario
-def test_a_rename_before_the_manifests_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: Scenario
-) -> None:
-    def early(filesystem: Any, draft: Any, rank: bytes, first: bytes, **options: Any) -> None:
-        old = commits._rename(filesystem, draft, replace=options["replace"])
-        filesystem.sync_directory(draft.target.parent)
-        filesystem.write_file(draft.target / rank_file(0), rank, sync=True)
-        filesystem.write_file(draft.target / CHECKPOINT_FILE, first, sync=True)
-        filesystem.sync_directory(draft.target)
-        draft.lock.release()
-        if old is not None:
-            filesystem.remove_tree(old)
-
-    monkeypatch.setattr("asyncsave.pipeline.stages.commit", early)
-    assert notices(scenario, tmp_path)
+def test_a_rename_before_the_manifests_is_noticed(tmp_path: Path, scenario: Scenario) -> None:
+    assert notices(scenario, tmp_path, lambda log: EarlyRename(CrashDisk(log)))
 
 
-def test_pruning_before_the_commit_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def greedy(filesystem: Any, draft: Any, *arguments: Any, **options: Any) -> None:
-        steps = list_steps(filesystem, draft.target.parent)
-        prune(filesystem, draft.target.parent, steps[: -(KEEP - 1)])
-        commits.commit(filesystem, draft, *arguments, **options)
-
-    monkeypatch.setattr("asyncsave.pipeline.stages.commit", greedy)
-    assert notices(SCENARIOS["run"], tmp_path)
+def test_pruning_before_the_commit_is_noticed(tmp_path: Path) -> None:
+    assert notices(SCENARIOS["run"], tmp_path, lambda log: GreedyPruning(CrashDisk(log)))
 
 
-def test_pruning_without_a_sync_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hasty(filesystem: Any, directory: Path, steps: list[int]) -> list[int]:
-        for step in steps:
-            name = commits.hidden_name(step_path(directory, step))
-            filesystem.rename(step_path(directory, step), name)
-            filesystem.remove_tree(name)
-        return steps
-
-    monkeypatch.setattr("asyncsave.run.directory.prune", hasty)
-    assert notices(SCENARIOS["run"], tmp_path)
+def test_pruning_without_a_sync_is_noticed(tmp_path: Path) -> None:
+    assert notices(SCENARIOS["run"], tmp_path, lambda log: HastyPruning(CrashDisk(log)))
 
 
-def test_removing_what_was_replaced_before_the_sync_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hasty(filesystem: Any, draft: Any, *, replace: bool) -> None:
-        if (old := rename(filesystem, draft, replace=replace)) is not None:
-            filesystem.remove_tree(old)
-
-    rename = commits._rename
-    monkeypatch.setattr(commits, "_rename", hasty)
-    assert notices(SCENARIOS["overwrite"], tmp_path)
+def test_removing_what_was_replaced_before_the_sync_is_noticed(tmp_path: Path) -> None:
+    assert notices(SCENARIOS["overwrite"], tmp_path, lambda log: HastyExchange(CrashDisk(log)))
 
 
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "mutant"])
 def test_sweeping_without_a_sync_is_noticed(tmp_path: Path, sound: bool) -> None:
     """Killed between the swap and its sync: what was replaced may be the one on the device."""
     scenario, faults = SCENARIOS["overwrite"], Faults()
-    record(scenario, tmp_path / "whole", 2, lambda log: Crashing(log, faults))
+    record(scenario, tmp_path / "whole", 2, lambda log: CrashDisk(log, FaultDisk(faults)))
     swap = [each.kind for each in faults.operations].index("exchange")
 
-    def make(log: Log) -> CrashFileSystem:
+    def make(log: Log) -> WrappedDisk:
         def forgets(path: Path) -> bool:  # all but those of commits
             return path.name == "runs" and log.events[-1].kind not in ("exchange", "rename")
 
-        return CrashFileSystem(log) if sound else Forgetful(log, forgets)
+        disk = CrashDisk(log)
+        return disk if sound else Forgetful(forgets, disk)
 
     recorded = interrupted(scenario, tmp_path / "cut", swap + 1, killed=True, make=make)
     assert recorded is not None

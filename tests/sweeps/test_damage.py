@@ -15,21 +15,27 @@ import logging
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import asyncsave
-from asyncsave.reading.checkpoint import Checkpoint
-from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.storage.disk import ReadableFile
+from asyncsave.storage.place import Place
 from tests import counts
+from tests.doubles.disks import WrappedDisk, WrappedReadable
+from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.make_golden import CHECKPOINTS, GOLDEN
 from tests.support import assert_same
+from tests.sweeps.attacks.forge import chunk, forge, padded, tensor
 
 FILES = ("checkpoint.json", "rank-00000.json", "rank-00000.data")
 DAMAGE = (
@@ -77,8 +83,8 @@ class Patient:
         self._into = blank(state) if isinstance(state, dict) and "plain" in state else None
         self._before = copy.deepcopy(self._into)
         self.frames: set[int] = set()
-        for chunk in json.loads(self.whole[FILES[1]])["chunks"]:
-            self.frames.update(range(chunk["offset"], chunk["offset"] + chunk["length"]))
+        for each in json.loads(self.whole[FILES[1]])["chunks"]:
+            self.frames.update(range(each["offset"], each["offset"] + each["length"]))
 
     def heal(self) -> None:
         for name, data in self.whole.items():
@@ -147,38 +153,13 @@ def test_the_patient_has_every_family_of_codings(patient: Patient) -> None:
     assert not patient.verify_raises()
 
 
-class Inline:
-    """An executor without threads, which take most of the time that a small checkpoint takes."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, job: Callable[..., None], *arguments: Any) -> Future[None]:
-        done: Future[None] = Future()
-        try:
-            job(*arguments)
-            done.set_result(None)
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncsave.reading.checkpoint.ThreadPoolExecutor", Inline)
-
-
-@pytest.mark.usefixtures("inline")
-def test_every_byte_flipped(patient: Patient) -> None:
-    pick = random.Random(0)
+@pytest.mark.parametrize("part", range(4))  # of all 16 bytes in a row, each fourth
+def test_every_byte_flipped(patient: Patient, part: int) -> None:
+    pick = random.Random(part)
 
     def masks(name: str, offset: int) -> list[int]:
+        if offset // 16 % 4 != part:
+            return []
         padding = name == FILES[2] and offset not in patient.frames
         return [1 << pick.randrange(8)] if padding else [1, 0x20, 0xFF]
 
@@ -270,32 +251,21 @@ def test_larger_damage(patient: Patient, seed: int) -> None:
 
 
 @pytest.mark.parametrize("operation", ["open", "read"])
-def test_every_operation_that_fails(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
+def test_every_operation_that_fails(patient: Patient, operation: str) -> None:
     """The disk reports an error at the first, second, … open or read: each time one of ours."""
-    left = [0]
-    name = "open" if operation == "open" else "preadv"
-    real = getattr(os, name)
-
-    def failing(*arguments: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments)
-
-    monkeypatch.setattr(os, name, failing)
-    for use in (asyncsave.load, asyncsave.verify):
+    uses: list[Callable[[Place], object]] = [asyncsave.load, asyncsave.verify]
+    for use in uses:
         failures = 0
-        for at in itertools.count(1):
-            left[0] = at
+        for at in itertools.count():
+            faults = Faults(at, errno.EIO, kinds={operation})
             try:
-                use(patient.path)
+                use(FaultDisk(faults).at(patient.path))
             except asyncsave.LoadError as error:
                 failures += str(os.strerror(errno.EIO)) in str(error)
-            if left[0] > 0:  # there were not so many
-                assert failures == at - 1
+            if faults.hit is None:  # there were not so many
+                assert failures == at
                 break
+            counts.add("faults")
         assert failures >= 3
 
 
@@ -308,22 +278,58 @@ def test_a_path_that_cannot_be(tmp_path: Path) -> None:
                 use(path)
 
 
+class Crowd(WrappedDisk):
+    """Nobody reads data until ``enough`` do so at once.
+
+    Attributes:
+        most: how many there were.
+    """
+
+    def __init__(self, enough: int) -> None:
+        super().__init__()
+        self.enough, self.inside, self.most = enough, 0, 0
+        self.changed = threading.Condition()
+
+    def open(self, path: Path) -> ReadableFile:
+        file = super().open(path)
+        return CrowdedFile(file, self) if path.suffix == ".data" else file
+
+
+class CrowdedFile(WrappedReadable):
+    def __init__(self, file: ReadableFile, crowd: Crowd) -> None:
+        super().__init__(file)
+        self.crowd = crowd
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        crowd = self.crowd
+        with crowd.changed:
+            crowd.inside += 1
+            crowd.most = max(crowd.most, crowd.inside)
+            crowd.changed.notify_all()
+            crowd.changed.wait_for(lambda: crowd.most >= crowd.enough, 20)
+        time.sleep(0.05)  # for one more, who must not come
+        with crowd.changed:
+            crowd.inside -= 1
+        return super().read_into(offset, view)
+
+
 @pytest.mark.parametrize(("chunk_bytes", "threads"), [(16 << 20, 8), (64 << 20, 2), (1 << 30, 1)])
 def test_long_chunks_are_read_by_fewer_threads(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, threads: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, threads: int
 ) -> None:
-    asked = []
-
-    class Counting(Inline):
-        def __init__(self, count: int, **_: Any) -> None:
-            asked.append(count)
-
-    monkeypatch.setattr("asyncsave.reading.checkpoint.reader_threads", lambda: 8)
-    monkeypatch.setattr("asyncsave.reading.checkpoint.ThreadPoolExecutor", Counting)
-    with Checkpoint.open(LocalFileSystem(), patient.path) as checkpoint:
-        checkpoint._longest = chunk_bytes
-        checkpoint._each(range(100), lambda *_: None)
-    assert asked == [threads]
+    """Each has room for a frame, its planes and the chunk; eight are the most on many cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    frames = [b"no frame of zstd, %d" % i for i in range(20)]
+    records = [
+        chunk(frame, offset=4096 * i, coding="zstd", raw_length=chunk_bytes)
+        for i, frame in enumerate(frames)
+    ]
+    whole = tensor([len(frames) * chunk_bytes])
+    forge(tmp_path / "a", tensors=[whole], chunks=records, data=padded(*frames))
+    crowd = Crowd(threads)
+    with pytest.raises(asyncsave.IntegrityError, match="cannot be decoded"):
+        asyncsave.verify(crowd.at(tmp_path / "a"))
+    assert crowd.most == threads
 
 
 # -- a run ----------------------------------------------------------------------------------------
@@ -382,26 +388,38 @@ def test_a_step_under_another_name_is_not_that_step(tmp_path: Path) -> None:
         assert_same(into, small(1))
 
 
+class DecayingDisk(WrappedDisk):
+    """The first bytes of data files are sound when they are read first, and then no more."""
+
+    def open(self, path: Path) -> ReadableFile:
+        file = super().open(path)
+        return DecayingFile(file) if path.suffix == ".data" else file
+
+
+class DecayingFile(WrappedReadable):
+    begun = False
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        count = super().read_into(offset, view)
+        if offset == 0:
+            view[0] ^= self.begun
+            self.begun = True
+        return count
+
+
 @pytest.mark.parametrize("compression", ["off", 1])
 def test_damage_between_the_check_and_the_reading_is_noticed(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch, compression: asyncsave.Compression
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: asyncsave.Compression
 ) -> None:
     """Chunks that were not held are read and checked once more; the state is partly filled then."""
     state = {"w": torch.randn(100_000), "v": torch.randn(100_000)}
-    path = patient.path.parent / "b"
+    path = tmp_path / "b"
     asyncsave.save(state, path, compression=compression).result()
-    real = Checkpoint.check
-
-    def check_and_harm(self: Checkpoint, *arguments: Any, **options: Any) -> Any:
-        held = real(self, *arguments, **{**options, "hold_bytes": 0})
-        with open(path / FILES[2], "r+b") as file:
-            byte = file.read(1)[0]
-            os.pwrite(file.fileno(), bytes([byte ^ 1]), 0)
-        return held
-
-    monkeypatch.setattr(Checkpoint, "check", check_and_harm)
+    # a machine without memory to hold any of it
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    into = {"w": torch.zeros(100_000), "v": torch.zeros(100_000)}
     with pytest.raises(asyncsave.IntegrityError, match="checksum") as raised:
-        asyncsave.restore(path, {"w": torch.zeros(100_000), "v": torch.zeros(100_000)})
+        asyncsave.restore(DecayingDisk().at(path), into)
     assert any("sound a moment ago" in note for note in raised.value.__notes__)
 
 
@@ -428,7 +446,6 @@ def test_every_file_of_the_newest_flipped_somewhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("bit", range(8))
 def test_every_bit_flipped(patient: Patient, bit: int) -> None:
     for name, offset, mask in patient.flips(lambda *_: [1 << bit]):
@@ -439,7 +456,6 @@ def test_every_bit_flipped(patient: Patient, bit: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support")
 def test_every_byte_of_a_golden_checkpoint_flipped(tmp_path: Path, name: str) -> None:

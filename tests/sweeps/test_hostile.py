@@ -22,6 +22,7 @@ from tests.sweeps import attacks as ideas
 from tests.sweeps.attacks import runner
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("hostile")  # one runner for all
 IDEAS = sorted({module.name for module in pkgutil.iter_modules(ideas.__path__)} - runner.QUIET)
 
 # what collections.namedtuple evaluates: names, which were checked to be nothing else

@@ -28,18 +28,23 @@ import asyncsave
 import asyncsave.pipeline.handle
 from asyncsave import Checkpointer
 from asyncsave.pipeline.save import Target
-from asyncsave.storage.filesystem import LocalFileSystem
+from asyncsave.storage.place import Place
 from asyncsave.storage.steps import list_steps
 from tests import counts
+from tests.doubles.disks import WrappedDisk
 from tests.doubles.fake_device import FakeDevice, make_pipeline
 from tests.support import assert_same, eventually
+from tests.sweeps.slots import all_free
 
 pytestmark = [
     # the interpreter swallows what is raised in __del__ and while it closes a dropped generator
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-CHUNK = 64 << 10
+# Memory in which these states are cut into chunks of 64 KiB, since longer ones would not fit:
+ROOM = 560 << 10  # for all of them
+WAVES = 192 << 10  # for two
+ENCODED_ROOM, ENCODED_WAVES = 2400 << 10, 2 << 20  # and an encoder
 STATE = {"w": torch.arange(70_000.0), "b": torch.arange(9), "n": 1, "list": [torch.ones(3)]}
 OTHER = {"w": torch.arange(70_000.0) + 1, "b": torch.arange(9), "n": 2, "list": [torch.ones(3)]}
 
@@ -87,7 +92,7 @@ class Point:
         return error is not None
 
 
-class Failing(LocalFileSystem):
+class FailingDisk(WrappedDisk):
     """Commits fail while ``broken``."""
 
     broken = False
@@ -112,26 +117,32 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("asyncsave.run.checkpointer.LocalFileSystem", Failing)
+def handled() -> Iterator[None]:
     before = signal.signal(signal.SIGUSR1, leave)
     yield
     signal.signal(signal.SIGUSR1, before)
 
 
-def make(directory: Path, **options: Any) -> Checkpointer:
-    return Checkpointer(directory, **{"durable": False, "compression": "off", **options})
+def make(directory: Path | Place, **options: Any) -> Checkpointer:
+    few: dict[str, Any] = {"durable": False, "compression": "off", "memory_limit": ROOM}
+    return Checkpointer(directory, **{**few, **options})
 
 
-def fail_a_save(ckpt: Checkpointer) -> None:
+def fail_a_save(ckpt: Checkpointer, disk: FailingDisk) -> None:
     """Let a save fail in the background, unseen."""
-    assert isinstance(ckpt._filesystem, Failing)
-    ckpt._filesystem.broken = True
+    disk.broken = True
     handle = ckpt.save(7, OTHER)
     assert handle is not None
     assert eventually(handle.done)
-    ckpt._filesystem.broken = False
+    disk.broken = False
+
+
+def save_another(ckpt: Checkpointer, _: FailingDisk) -> None:
+    ckpt.save(1, OTHER, block=True)
+
+
+def nothing(ckpt: Checkpointer, _: FailingDisk) -> None:
+    pass
 
 
 def waiting(ckpt: Checkpointer) -> None:
@@ -150,36 +161,57 @@ def leaving(ckpt: Checkpointer) -> None:
 
 
 # what is interrupted: options, what comes before it, the call itself
-CALLS: dict[str, tuple[dict[str, Any], Callable[[Checkpointer], Any], Callable[..., Any]]] = {
-    "the first save": ({}, lambda _: None, lambda ckpt: ckpt.save(2, STATE)),
-    "a save": ({}, lambda ckpt: ckpt.save(1, OTHER, block=True), lambda ckpt: ckpt.save(2, STATE)),
-    "a save after one": ({}, lambda ckpt: ckpt.save(1, OTHER), lambda ckpt: ckpt.save(2, STATE)),
+CALLS: dict[
+    str,
+    tuple[
+        dict[str, Any],
+        Callable[[Checkpointer, FailingDisk], object],
+        Callable[[Checkpointer], object],
+    ],
+] = {
+    "the first save": ({}, nothing, lambda ckpt: ckpt.save(2, STATE)),
+    "the first save, which asks the system": (
+        {"memory_limit": "auto"},
+        nothing,
+        lambda ckpt: ckpt.save(2, STATE),
+    ),
+    "a save": ({}, save_another, lambda ckpt: ckpt.save(2, STATE)),
+    "a save after one": (
+        {},
+        lambda ckpt, _: ckpt.save(1, OTHER),
+        lambda ckpt: ckpt.save(2, STATE),
+    ),
     "a save, encoded, in waves": (
-        {"compression": 1, "memory_limit": 1 << 21},
-        lambda ckpt: ckpt.save(1, OTHER, block=True),
+        {"compression": 1, "memory_limit": ENCODED_WAVES},
+        save_another,
         lambda ckpt: ckpt.save(2, STATE),
     ),
-    "a save in waves": (
-        {"memory_limit": 3 * CHUNK},
-        lambda ckpt: ckpt.save(1, OTHER, block=True),
-        lambda ckpt: ckpt.save(2, STATE),
-    ),
-    "a blocking save": ({}, lambda _: None, lambda ckpt: ckpt.save(2, STATE, block=True)),
-    "step": ({"every_steps": 2, "keep_last": 2}, lambda _: None, lambda c: c.step(2, STATE)),
-    "prewarm": ({}, lambda _: None, lambda ckpt: ckpt.prewarm(STATE)),
-    "wait": ({}, lambda _: None, waiting),
-    "close": ({}, lambda _: None, closing),
-    "with": ({}, lambda _: None, leaving),
+    "a save in waves": ({"memory_limit": WAVES}, save_another, lambda ckpt: ckpt.save(2, STATE)),
+    "a blocking save": ({}, nothing, lambda ckpt: ckpt.save(2, STATE, block=True)),
+    "step": ({"every_steps": 2, "keep_last": 2}, nothing, lambda ckpt: ckpt.step(2, STATE)),
+    "prewarm": ({}, nothing, lambda ckpt: ckpt.prewarm(STATE)),
+    "wait": ({}, nothing, waiting),
+    "close": ({}, nothing, closing),
+    "with": ({}, nothing, leaving),
     "save after a failure": ({}, fail_a_save, lambda ckpt: ckpt.save(2, STATE)),
     "wait after a failure": ({}, fail_a_save, lambda ckpt: ckpt.wait()),
     "close after a failure": ({}, fail_a_save, lambda ckpt: ckpt.close()),
 }
+CLOSES = {"close", "with", "close after a failure"}
 FAST = {name: 23 if "after a" not in name else 11 for name in CALLS}
+
+
+def assert_all_told() -> None:
+    """Assert that no error waits to be told at exit.
+
+    Private, since only the end of the process shows it, and there is one for all these tests.
+    """
+    assert not asyncsave.pipeline.handle._unseen
 
 
 def nothing_left(directory: Path) -> None:
     """Assert that nobody holds the directory, and that nothing half-written is in it."""
-    assert not asyncsave.pipeline.handle._unseen, "an error that will be told at exit"
+    assert_all_told()
     grad = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert grad
@@ -193,11 +225,20 @@ def threads() -> list[str]:
     return [each.name for each in threading.enumerate() if "asyncsave" in each.name]
 
 
+def wait_or_close(ckpt: Checkpointer) -> None:
+    """Ask once more for an error that nobody was told, as is possible now."""
+    try:
+        ckpt.wait()
+    except asyncsave.ClosedError:
+        ckpt.close()
+
+
 def survives(directory: Path, name: str, point: Point) -> bool:
     """Interrupt one call at one point; return whether there was such a point."""
     options, before, call = CALLS[name]
-    ckpt = make(directory, **options)
-    before(ckpt)
+    disk = FailingDisk()
+    ckpt = make(disk.at(directory), **options)
+    before(ckpt, disk)
     failed, told = "failure" in name, False
     try:
         point.run(lambda: call(ckpt))
@@ -207,21 +248,24 @@ def survives(directory: Path, name: str, point: Point) -> bool:
     try:
         if failed and not told:
             with pytest.raises(asyncsave.DiskFullError):
-                ckpt.wait() if not ckpt._turns.closed else ckpt.close()
-        if not ckpt._pipeline._background.over:
+                wait_or_close(ckpt)
+        try:
             assert ckpt.wait()
             ckpt.save(3, OTHER, block=True)
+        except asyncsave.ClosedError:
+            assert name in CLOSES, "nobody has closed it"
+        else:
             assert_same(ckpt.load(step=3), OTHER)
-            for arena in ckpt._pipeline._memory.arenas:
-                assert arena.free == arena.count, "a slot is lost"
+            assert all_free(ckpt)
     finally:
         ckpt.close()
+    # private: who is interrupted in a save does not get its handle
     handle = ckpt._pipeline.current
     assert handle is None or handle.done()
     assert threads() == []
-    for step in list_steps(LocalFileSystem(), directory):
+    for step in list_steps(Place(directory)):
         assert_same(asyncsave.load(directory / f"step-{step:09}"), STATE if step == 2 else OTHER)
-    if not failed and call not in (waiting, closing, leaving) and point.stop is None:
+    if not failed and name not in ("wait", "close", "with") and point.stop is None:
         assert name == "prewarm" or (directory / "step-000000002").exists()
     nothing_left(directory)
     return point.where != ""
@@ -250,6 +294,17 @@ def test_a_call_is_interrupted(tmp_path: Path, name: str) -> None:
     sweep(tmp_path, lambda path, point: survives(path, name, point), FAST[name], {"call"})
 
 
+def test_there_are_several_chunks_to_interrupt(tmp_path: Path) -> None:
+    for name, (options, _, _) in CALLS.items():
+        with make(tmp_path / name, **options) as ckpt:
+            handle = ckpt.save(1, STATE)
+            assert handle is not None
+            # with memory to spare, there are as few as there are kinds of numbers
+            assert handle.result().chunks == (2 if options.get("memory_limit") == "auto" else 6)
+    single = asyncsave.save(STATE, tmp_path / "x", memory_limit=ENCODED_ROOM)
+    assert single.result().chunks == 6
+
+
 def constructs(directory: Path, point: Point) -> bool:
     made: list[Checkpointer] = []
     point.run(lambda: made.append(make(directory)))
@@ -265,11 +320,11 @@ def test_the_constructor_is_interrupted(tmp_path: Path) -> None:
 
 
 def saves_once(directory: Path, point: Point) -> bool:
-    point.run(lambda: asyncsave.save(STATE, directory / "x"))
+    point.run(lambda: asyncsave.save(STATE, directory / "x", memory_limit=ENCODED_ROOM))
     assert eventually(lambda: threads() == [])
     if point.stop is None or (directory / "x").exists():
         assert_same(asyncsave.load(directory / "x"), STATE)
-    asyncsave.save(OTHER, directory / "x", overwrite=True).result(20)
+    asyncsave.save(OTHER, directory / "x", memory_limit=ENCODED_ROOM, overwrite=True).result(20)
     assert eventually(lambda: threads() == [])
     assert_same(asyncsave.load(directory / "x"), OTHER)
     assert [each.name for each in directory.iterdir()] == ["x"]
@@ -284,22 +339,24 @@ def test_a_single_save_is_interrupted(tmp_path: Path) -> None:
 def stages_late(directory: Path, point: Point) -> bool:
     """A save from a device, whose copies end at the fence."""
     device = FakeDevice()
-    pipeline = make_pipeline(device)
+    pipeline = make_pipeline(device, memory_limit=270 << 10)  # 3 chunks
     model = torch.nn.Linear(300, 100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = {"model": model, "optimizer": optimizer}
+    state = {"model": model, "optimizer": optimizer, "b": STATE["b"]}
     directory.mkdir()
-    point.run(lambda: pipeline.save(state, Target(directory / "a"), 0.0))
+    point.run(lambda: pipeline.save(state, Target(Place(directory / "a")), 0.0))
     device.finish()
-    if pipeline.current is not None:
-        assert pipeline.current._wait_ended(20)
-    pipeline.save(state, Target(directory / "b"), 0.0)
+    current = pipeline.current
+    if current is not None:
+        assert eventually(current.done, 20)
+    handle = pipeline.save(state, Target(Place(directory / "b")), 0.0)
     model(torch.ones(300)).sum().backward()
     before = model.weight.detach().clone()
     optimizer.step()
+    assert handle.result(20).chunks == 3
     pipeline.close()
     assert torch.equal(asyncsave.load(directory / "b")["model"]["weight"], before)
-    assert not asyncsave.pipeline.handle._unseen
+    assert_all_told()
     return point.where != ""
 
 
@@ -326,7 +383,7 @@ def test_a_hundred_real_interrupts_at_random_moments(tmp_path: Path) -> None:
     with make(tmp_path, every_steps=1, keep_last=3) as ckpt:
         step = hits = 0
         while hits < 100:
-            state = {"w": torch.full((70_000,), float(step))}
+            state: dict[str, Any] = {"w": torch.full((70_000,), float(step)), "b": STATE["b"]}
             timer = threading.Timer(random.uniform(0, 0.012), interrupt)
             try:
                 timer.start()
@@ -345,8 +402,7 @@ def test_a_hundred_real_interrupts_at_random_moments(tmp_path: Path) -> None:
             ckpt.save(step, state, block=True)
             loaded = ckpt.load()
             assert torch.equal(loaded["w"], state["w"])
-            for arena in ckpt._pipeline._memory.arenas:
-                assert arena.free == arena.count
+            assert all_free(ckpt)
         counts.add("interrupts", hits)
         for each in ckpt.steps():
             assert torch.equal(ckpt.load(step=each)["w"], torch.full((70_000,), float(each)))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,8 @@ import pytest
 import torch
 
 import asyncsave
-from tests import counts
+from tests import children, counts
+from tests.children import Child
 
 SAVING = """
 import sys, torch, asyncsave
@@ -46,23 +45,19 @@ def check(directory: Path, step: int) -> None:
     assert torch.equal(state["v"][0], torch.full((1000,), -float(step)))
 
 
-def start(directory: Path, seed: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SAVING, str(directory), str(seed)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(child: subprocess.Popen[str]) -> tuple[list[tuple[str, int]], str]:
-    out, err = child.communicate(timeout=60)
+def finish(child: Child) -> tuple[list[tuple[str, int]], str]:
+    out, err = child.stdout.read(), child.stderr.read()  # with what was read ahead of a line
+    child.wait()
+    child.close()
     lines = [line.split() for line in out.splitlines(keepends=True) if line.endswith("\n")]
     return [(word, int(number)) for word, number in lines], err
 
 
 def kill_once(directory: Path, seed: int, delay: float) -> int:
     """Let a child save for ``delay`` seconds, kill it, check; return the newest step."""
-    child = start(directory, seed)
-    assert child.stdout is not None
+    child = children.start(SAVING, directory, seed)
     first = child.stdout.readline()
-    assert first.startswith("restored"), child.communicate()[1]
+    assert first.startswith("restored"), finish(child)[1]
     time.sleep(delay)
     child.kill()
     events, _ = finish(child)
@@ -94,8 +89,7 @@ def kills(directory: Path, count: int, seed: int) -> None:
         newest = after
         leftovers += len(list(directory.glob(".step-*")))
     assert newest > count / 2
-    child = start(directory, 0)
-    assert child.stdout is not None
+    child = children.start(SAVING, directory, 0)
     assert child.stdout.readline() == f"restored {newest}\n"
     child.send_signal(signal.SIGTERM)
     events, err = finish(child)
@@ -116,8 +110,7 @@ def test_two_hundred_kills(tmp_path: Path) -> None:
 
 
 def test_sigterm_leaves_the_state_of_that_moment(tmp_path: Path) -> None:
-    child = start(tmp_path, 1)
-    assert child.stdout is not None
+    child = children.start(SAVING, tmp_path, 1)
     child.stdout.readline()
     time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
@@ -178,9 +171,7 @@ for i in range(count):
 
 
 def signalled(directory: Path, count: int, seed: int) -> None:
-    command = [sys.executable, "-c", SIGNALLED, str(directory), str(count), str(seed)]
-    root = Path(__file__).parents[2]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    ended = children.run(SIGNALLED, directory, count, seed, timeout=1200)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split() for line in ended.stdout.splitlines()]
     assert len(lines) == count
@@ -202,18 +193,18 @@ def test_sigterm_at_many_random_moments(tmp_path: Path) -> None:
 
 
 HELD = """
-import os, signal, sys, threading, torch, asyncsave.run.checkpointer
-from tests.support import GatedFileSystem
-filesystem = GatedFileSystem()
-asyncsave.run.checkpointer.LocalFileSystem = lambda: filesystem
+import os, pathlib, signal, sys, threading, asyncsave
+from tests.doubles.disks import GatedDisk
+disk = GatedDisk()
+place = disk.at(pathlib.Path(sys.argv[1]))
 seen = []
 signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-with asyncsave.Checkpointer(sys.argv[1], every_steps=1, on_busy=sys.argv[2]) as ckpt:
+with asyncsave.Checkpointer(place, every_steps=1, on_busy=sys.argv[2]) as ckpt:
     ckpt.step(1, {"n": 1})                        # in flight
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)          # the second goes to the handler before alone
     assert seen == [signal.SIGTERM] * 2 and not ckpt.should_stop
-    threading.Timer(0.2, filesystem.gate.set).start()
+    threading.Timer(0.2, disk.gate.set).start()
     handle = ckpt.step(2, {"n": 2})               # waits, whatever on_busy says
     assert handle.done() and ckpt.should_stop
     assert ckpt.step(3, {"n": 3}) is not None     # who does not stop goes on saving
@@ -224,18 +215,9 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 @pytest.mark.parametrize("on_busy", ["skip", "error"])
 def test_sigterm_during_a_save_in_flight_waits_for_both(tmp_path: Path, on_busy: str) -> None:
-    command = [sys.executable, "-c", HELD, str(tmp_path), on_busy]
-    root = Path(__file__).parents[2]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=root, timeout=60
-    )
+    ended = children.run(HELD, tmp_path, on_busy)
     assert ended.returncode == -signal.SIGTERM, ended.stderr
     assert [asyncsave.load(path)["n"] for path in sorted(tmp_path.iterdir())] == [1, 2, 3]
-
-
-def program(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", text, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_the_program_ends_during_a_save(tmp_path: Path) -> None:
@@ -245,7 +227,7 @@ asyncsave.save({"w": torch.ones(3_000_000)}, sys.argv[1] + "/single")
 ckpt = asyncsave.Checkpointer(sys.argv[1] + "/run")
 ckpt.save(1, {"w": torch.ones(3_000_000)})
 """
-    ended = program(text, tmp_path)
+    ended = children.run(text, tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     for path in (tmp_path / "single", tmp_path / "run"):
         assert asyncsave.load(path)["w"].sum() == 3_000_000
@@ -263,7 +245,7 @@ handle.wait_staged(); print("end of training")
 
 
 def test_a_failure_that_nobody_saw_makes_the_exit_status_non_zero(tmp_path: Path) -> None:
-    ended = program(FAILING, tmp_path)
+    ended = children.run(FAILING, tmp_path)
     assert ended.returncode == 120
     assert ended.stdout == "end of training\n"
     assert "WriteError" in ended.stderr
@@ -271,13 +253,13 @@ def test_a_failure_that_nobody_saw_makes_the_exit_status_non_zero(tmp_path: Path
 
 
 def test_a_failure_at_exit_does_not_hide_the_trainings_exception(tmp_path: Path) -> None:
-    ended = program(FAILING + "\nraise KeyError('mine')", tmp_path)
+    ended = children.run(FAILING + "\nraise KeyError('mine')", tmp_path)
     assert ended.returncode == 1
     assert "KeyError: 'mine'" in ended.stderr
     assert "WriteError" in ended.stderr
 
 
 def test_a_failure_that_was_seen_leaves_the_exit_status_alone(tmp_path: Path) -> None:
-    ended = program(FAILING + "\nprint(type(handle.exception()).__name__)", tmp_path)
+    ended = children.run(FAILING + "\nprint(type(handle.exception()).__name__)", tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "WriteError" in ended.stdout

@@ -79,7 +79,7 @@ def forge(
 ) -> None:
     """Write a checkpoint of these records; ``rank`` and ``checkpoint`` replace members."""
     files = [{"name": "rank-00000.data", "length": len(data)}]
-    record = {"format": 1, "rank": 0, "files": files, "chunks": chunks, "tensors": tensors}
+    record: Json = {"format": 1, "rank": 0, "files": files, "chunks": chunks, "tensors": tensors}
     record |= {"tree": tree} | (rank or {})
     forge_text(directory, json.dumps(record), data, checkpoint)
 
@@ -98,7 +98,7 @@ def forge_text(
 def sign(directory: Path, rank: bytes, checkpoint: Json | None = None) -> None:
     """Write the ``checkpoint.json`` that vouches for this rank manifest."""
     entry = {"file": "rank-00000.json", "length": len(rank), "xxh3_128": digest(rank)}
-    record = {"format": 1, "step": None, "world_size": 1, "time": "", "versions": {}}
+    record: Json = {"format": 1, "step": None, "world_size": 1, "time": "", "versions": {}}
     record |= {"metrics": {}, "metadata": None, "ranks": [entry]}
     sign_text(directory, json.dumps(record | (checkpoint or {})))
 

@@ -98,7 +98,6 @@ def attempt(path: Path) -> dict[str, Any]:
     peak = 0
     found: dict[str, Any] = {}
     for name, way in ways(path, state).items():
-        gc.collect()
         before = memory()
         began = time.process_time()
         error: BaseException | None = None

@@ -1,18 +1,13 @@
-"""Plans: where the bytes of every leaf go. Leaves to chunks.
+"""Layout: where the bytes of every leaf go, in one *address space*.
 
-All bulk of a state is laid end to end in one *address space* of bytes, cut into *chunks*:
+All bulk of a state is laid end to end in it, so 20,000 small tensors take as many bytes as they
+have; chunks.py cuts it. What each leaf's bytes are read from, and which leaves share it, is found
+by sources.py.
 
-    leaf a        leaf b             c  d  e  (leaves of one element type side by side)
-    ├────────────┼──────────────────┼──┼──┼─┤
-    ├─ chunk 0 ──────┼─ chunk 1 ─────┼─ 2 ──┤   each at most chunk_bytes long
+A *group* is a run of sources that may be in one chunk: of one element type, since coding depends on
+it, and one kind of staging.
 
-so a chunk is a slice of one large tensor, or many small tensors, or both, and nothing is wasted:
-20,000 small tensors are as many chunks as their bytes need. A chunk holds one element type, because
-coding depends on it, and one kind of staging.
-
-What each leaf's bytes are read from, and which leaves share it, is found by sources.py.
-
-Plans hold no tensors. A plan is valid as long as the signature of the leaves is the same, so the
+Layouts hold no tensors. One is valid as long as the signature of the leaves is the same, so the
 second save of the same training state costs one comparison. Pure: no threads, no files, no clock.
 
 What there is one of for every leaf is a Struct that the garbage collector does not track, and the
@@ -22,7 +17,6 @@ of the 0.19 s that a save then blocked (now 0.06).
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,41 +28,10 @@ import torch
 
 from ..errors import StateError
 from ..format.dtypes import DTYPES
-from ..format.manifest import ShardRecord, TensorRecord
+from ..format.records import ShardRecord, TensorRecord
 from .flatten import Bulk, Flat
 from .sources import Key, Source, View, find_sources, place
 from .values import TORCH_DTYPES
-
-ALIGNMENT = 16
-"""Every chunk length is cut at a multiple of this, the largest element size of torch, in bytes."""
-
-
-class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes ``start`` to ``stop`` of a source, at ``offset`` in its chunk."""
-
-    source: int
-    start: int
-    stop: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Unit of encode, checksum and write.
-
-    Attributes:
-        index: its number in address order.
-        nbytes: length, in bytes.
-        dtype: name of the torch dtype of its elements, which decides the coding.
-        late: may be staged until the fence; otherwise before ``save`` returns.
-        pieces: what it is made of, in order, without gaps.
-    """
-
-    index: int
-    nbytes: int
-    dtype: str
-    late: bool
-    pieces: tuple[Piece, ...]
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
@@ -87,34 +50,49 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Group:
+    """Sources that may share chunks, end to end in the address space.
+
+    Attributes:
+        sources: their numbers, in address order.
+        dtype: name of the torch dtype of their elements, which decides the coding.
+        late: may be staged until the fence; otherwise before ``save`` returns.
+        nbytes: length of all.
+    """
+
+    sources: tuple[int, ...]
+    dtype: str
+    late: bool
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
     """Where everything goes.
 
     Attributes:
         placements: one for every leaf, in order.
         sources: in order of appearance.
-        chunks: in address order.
-        groups: bytes of each run of chunks that share element type and staging.
+        groups: in address order.
         nbytes: length of the address space.
     """
 
     placements: tuple[Placement, ...]
     sources: tuple[Source, ...]
-    chunks: tuple[Chunk, ...]
-    groups: tuple[int, ...]
+    groups: tuple[Group, ...]
     nbytes: int
 
 
-class Planner:
-    """Makes plans and keeps the last one. Used by one thread at a time.
+class Layouts:
+    """Makes layouts and keeps the last one. Used by one thread at a time.
 
     Some leaves are new objects in every save (``RngState`` makes them), so a leaf that was moved
-    does not end a plan by itself: only one whose move could have made or broken a tie does.
+    does not end a layout by itself: only one whose move could have made or broken a tie does.
     """
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
-        self._fixed: Any = None
+        self._layout: Layout | None = None
+        self._late: list[bool] = []
         self._forms: list[Any] = []
         self._places: list[int] = []
         self._arrays: dict[int, weakref.ref[Any]] = {}  # while one lives, its id is its own
@@ -122,20 +100,16 @@ class Planner:
         self._alone = np.empty(0, np.bool_)
         self._storages: list[tuple[int, tuple[int, int]]] = []
 
-    def plan(self, flat: Flat, chunk_bytes: int, late: Sequence[bool]) -> Plan:
-        """Return the plan for these leaves: the last one, where it still holds.
-
-        Args:
-            flat: the state taken apart.
-            chunk_bytes: longest chunk, a multiple of ALIGNMENT.
-            late: for every leaf, whether its copy may be made until the fence.
+    def of(self, flat: Flat) -> Layout:
+        """Return the layout of these leaves: the last one, where it still holds.
 
         Raises:
             StateError: a tensor has no memory; it is named.
         """
         values: list[Any] = flat.values
-        fixed = (chunk_bytes, list(late))
-        same = fixed == self._fixed and len(values) == len(self._forms)
+        same = (
+            flat.late == self._late and len(values) == len(self._forms) and self._layout is not None
+        )
         places = []
         for i, value in enumerate(values):  # once: with many tensors, each is in no cache
             same = same and _form(value) == self._forms[i]
@@ -144,23 +118,27 @@ class Planner:
             _check_memory(flat, places)
         same = same and all(_storage(values[i]) == storage for i, storage in self._storages)
         if not same or not self._still_tied_alike(values, places):
-            self._plan, views = _make_plan(flat.names, values, chunk_bytes, late)
-            shared: dict[Any, Any] = {}
-            self._fixed = fixed
-            self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
-            self._extents = np.array([view.high - view.low for view in views], np.uint64)
-            self._lows = np.array([place(value) for value in values], np.uint64)
-            self._alone = _apart(self._lows, self._extents)
-            self._arrays = {}
-            self._note_arrays(values, range(len(values)))
-            self._storages = [
-                (source.leaf, _storage(values[source.leaf]))
-                for source in self._plan.sources
-                if source.in_storage
-            ]
+            self._layout, views = _lay_out(flat)
+            self._remember(self._layout, values, views)
+            self._late = flat.late
         self._places = places
-        assert self._plan is not None
-        return self._plan
+        assert self._layout is not None
+        return self._layout
+
+    def _remember(self, layout: Layout, values: Sequence[Bulk], views: Sequence[View]) -> None:
+        """Note what the next state must be like for this layout to hold."""
+        shared: dict[Any, Any] = {}
+        self._forms = [shared.setdefault(form, form) for form in map(_form, values)]
+        self._extents = np.array([view.high - view.low for view in views], np.uint64)
+        self._lows = np.array([place(value) for value in values], np.uint64)
+        self._alone = _apart(self._lows, self._extents)
+        self._arrays = {}
+        self._note_arrays(values, range(len(values)))
+        self._storages = [
+            (source.leaf, _storage(values[source.leaf]))
+            for source in layout.sources
+            if source.in_storage
+        ]
 
     def _still_tied_alike(self, values: Sequence[Bulk], places: list[int]) -> bool:
         """Whether every leaf that moved had its memory to itself, and has so where it is now."""
@@ -243,59 +221,28 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _make_plan(
-    names: Sequence[str], values: Sequence[Bulk], chunk_bytes: int, late: Sequence[bool]
-) -> tuple[Plan, list[View]]:
-    sources, keys, views = find_sources(values, late)
-    starts = [0] * len(sources)
-    chunks: list[Chunk] = []
-    ends = [0]
-    groups: dict[Key, list[int]] = {}
+def _lay_out(flat: Flat) -> tuple[Layout, list[View]]:
+    sources, keys, views = find_sources(flat.values, flat.late)
+    members_of: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
         if sources[i].nbytes:
-            groups.setdefault(key, []).append(i)
-    for (_, dtype, is_late), members in groups.items():
+            members_of.setdefault(key, []).append(i)
+    starts = [0] * len(sources)
+    groups, end = [], 0
+    for (_, dtype, is_late), members in members_of.items():
         # Likes side by side: all exp_avg, then all exp_avg_sq. Chunks of one kind of numbers are
         # smaller when they are encoded: measured on AdamW's state, by 2 %.
-        members.sort(key=lambda i: names[sources[i].leaf].rpartition(".")[2])
-        ends.append(_cut(members, sources, starts, chunks, ends[-1], chunk_bytes, dtype, is_late))
-
+        members.sort(key=lambda i: flat.names[sources[i].leaf].rpartition(".")[2])
+        begin = end
+        for i in members:
+            starts[i] = end
+            end += sources[i].nbytes
+        groups.append(Group(tuple(members), dtype, is_late, end - begin))
     placements = []
-    for value, view in zip(values, views, strict=True):
+    for value, view in zip(flat.values, views, strict=True):
         start = starts[view.source] + view.offset if sources[view.source].nbytes else 0
         placements.append(_placement(value, start, view))
-    lengths = tuple(end - begin for begin, end in itertools.pairwise(ends))
-    return Plan(tuple(placements), tuple(sources), tuple(chunks), lengths, ends[-1]), views
-
-
-def _cut(
-    members: list[int],
-    sources: list[Source],
-    starts: list[int],
-    chunks: list[Chunk],
-    total: int,
-    chunk_bytes: int,
-    dtype: str,
-    late: bool,
-) -> int:
-    """Lay ``members`` end to end from address ``total``, cut them into chunks, return the end."""
-    pieces: list[Piece] = []
-    filled = 0
-    for i in members:
-        starts[i] = total
-        nbytes, done = sources[i].nbytes, 0
-        total += nbytes
-        while done < nbytes:
-            take = min(nbytes - done, chunk_bytes - filled)
-            pieces.append(Piece(i, done, done + take, filled))
-            done += take
-            filled += take
-            if filled == chunk_bytes:
-                chunks.append(Chunk(len(chunks), filled, dtype, late, tuple(pieces)))
-                pieces, filled = [], 0
-    if filled:
-        chunks.append(Chunk(len(chunks), filled, dtype, late, tuple(pieces)))
-    return total
+    return Layout(tuple(placements), tuple(sources), tuple(groups), end), views
 
 
 def _placement(value: Bulk, start: int, view: View) -> Placement:
@@ -314,8 +261,8 @@ def _placement(value: Bulk, start: int, view: View) -> Placement:
     return Placement("bytes", "uint8", (len(value),), start, None, False, False)
 
 
-def tensor_records(names: Sequence[str], plan: Plan) -> list[TensorRecord]:
-    """Return the records of a plan's leaves, each whole and in one shard."""
+def tensor_records(names: Sequence[str], layout: Layout) -> list[TensorRecord]:
+    """Return the records of a layout's leaves, each whole and in one shard."""
     return [
         TensorRecord(
             # a name is for people: what UTF-8 cannot say is escaped
@@ -332,5 +279,5 @@ def tensor_records(names: Sequence[str], plan: Plan) -> list[TensorRecord]:
             requires_grad=place.requires_grad,
             parameter=place.parameter,
         )
-        for name, place in zip(names, plan.placements, strict=True)
+        for name, place in zip(names, layout.placements, strict=True)
     ]

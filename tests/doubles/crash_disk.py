@@ -1,9 +1,9 @@
-"""CrashFileSystem: remembers what is done to the disk, and what a power cut would leave of it.
+"""CrashDisk: remembers what is done to the disk, and what a power cut would leave of it.
 
-`Log` takes down every change that asyncsave makes. `Disk` plays a log again and knows, at any
+`Log` takes down every change that asyncsave makes. `Platter` plays a log again and knows, at any
 point, what is on the device for certain: bytes that were synced with their file, names that were
 synced with their directory. Whatever is younger may be there or not, in any order that keeps each
-name's own history: `Disk.image` picks one such outcome, `write_image` makes a directory of it.
+name's own history: `Platter.image` picks one such outcome, `write_image` makes a directory of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from asyncsave.storage.filesystem import LocalFileSystem, WritableFile
+from asyncsave.storage.disk import Disk, WritableFile
+from asyncsave.storage.local import LOCAL
+from tests.doubles.disks import WrappedDisk, WrappedFile
 
 PAGE, SECTOR = 4096, 512
 
@@ -50,10 +52,14 @@ class Log:
             self.events.append(Event("note", self.root, note=what))
 
 
-class CrashFileSystem(LocalFileSystem):
-    """The machine's files, with a log of every change. Its steps are as small as the system's."""
+class CrashDisk(WrappedDisk):
+    """Logs every change to the disk behind it. Its steps are as small as the system's.
 
-    def __init__(self, log: Log) -> None:
+    What is behind it may fail, and half-way: what it has done is logged all the same.
+    """
+
+    def __init__(self, log: Log, disk: Disk = LOCAL) -> None:
+        super().__init__(disk)
         self.log = log
 
     def create_directory(self, path: Path) -> None:
@@ -87,32 +93,28 @@ class CrashFileSystem(LocalFileSystem):
         return True
 
     def remove_tree(self, path: Path) -> None:
-        inside = sorted(path.rglob("*"), reverse=True)
-        super().remove_tree(path)
-        for each in [*inside, path]:
-            self.log.add("remove", each)
+        there = [*sorted(path.rglob("*"), reverse=True), *([path] if path.exists() else [])]
+        try:
+            super().remove_tree(path)
+        finally:
+            for each in there:
+                if not each.exists():
+                    self.log.add("remove", each)
 
-    def remove_file(self, path: Path) -> None:
-        path.unlink()
-        self.log.add("remove", path)
 
-
-class _LoggedFile:
+class _LoggedFile(WrappedFile):
     def __init__(self, file: WritableFile, path: Path, log: Log) -> None:
-        # `_file`: a fault may reach below
-        self._file: Any = file
+        super().__init__(file)
         self._path, self._log = path, log
 
-    async def write(self, view: memoryview) -> None:
-        await self._file.write(view)
-        self._log.add("write", self._path, data=bytes(view))
+    async def write(self, view: memoryview) -> int:
+        count = await super().write(view)
+        self._log.add("write", self._path, data=bytes(view[:count]))
+        return count
 
     async def sync(self) -> None:
-        await self._file.sync()
+        await super().sync()
         self._log.add("sync", self._path)
-
-    async def close(self) -> None:
-        await self._file.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +135,7 @@ Tree = dict[str, Any]
 Keep = Literal["nothing", "everything", "names", "data"]
 
 
-class Disk:
+class Platter:
     """The disk below ``log.root`` after some of the log's events. The root itself is durable."""
 
     def __init__(self, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""FaultFileSystem: the machine's files, one operation of which misbehaves on command.
+"""FaultDisk: a disk one operation of which misbehaves on command.
 
 `Faults` numbers the operations, remembers them, and says which one fails and how; so that a test
 can let the i-th operation fail for every i there is.
@@ -6,16 +6,18 @@ can let the i-th operation fail for every i there is.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from asyncsave.storage.filesystem import LocalFileSystem, Lock, ReadableFile, WritableFile
+from asyncsave.storage.disk import Disk, Lock, ReadableFile, WritableFile
+from asyncsave.storage.local import LOCAL
+from tests.doubles.disks import WrappedDisk, WrappedFile, WrappedReadable
 
 Fault = int | Literal["short", "flip", "delay"]
 """An errno to raise; or write or read less than was asked for; or flip a bit; or take long."""
@@ -39,6 +41,7 @@ class Faults:
         fault: what happens to it. Operations that it cannot happen to are left alone.
         lasting: all operations after it fail, too, as if the process had been killed there.
         where: the byte that is flipped, as a share of the operation's length.
+        kinds: the operations that count, by what `Operation.kind` says; None: all do.
 
     Attributes:
         on: operations count only while this is set.
@@ -47,9 +50,16 @@ class Faults:
     """
 
     def __init__(
-        self, at: int = -1, fault: Fault = 0, *, lasting: bool = False, where: float = 0.5
+        self,
+        at: int = -1,
+        fault: Fault = 0,
+        *,
+        lasting: bool = False,
+        where: float = 0.5,
+        kinds: Collection[str] | None = None,
     ) -> None:
         self.at, self.fault, self.lasting, self.where = at, fault, lasting, where
+        self.kinds = kinds
         self.on = True
         self.operations: list[Operation] = []
         self.hit: Operation | None = None
@@ -58,7 +68,7 @@ class Faults:
     def meet(self, kind: str, path: Path, offset: int = 0, length: int = 0) -> Fault | None:
         """Count an operation; return what the caller is to do to it, or raise."""
         with self._lock:
-            if not self.on:
+            if not self.on or (self.kinds is not None and kind not in self.kinds):
                 return None
             number = len(self.operations)
             operation = Operation(kind, path, offset, length)
@@ -83,10 +93,11 @@ class Faults:
         view[int(self.where * (view.nbytes - 1))] ^= 1
 
 
-class FaultFileSystem(LocalFileSystem):
+class FaultDisk(WrappedDisk):
     """Every operation asks ``faults`` first. `exists` never fails: nor does what it stands for."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: Faults, disk: Disk = LOCAL) -> None:
+        super().__init__(disk)
         self.faults = faults
 
     def create_directory(self, path: Path) -> None:
@@ -121,21 +132,18 @@ class FaultFileSystem(LocalFileSystem):
             self.faults.meet("remove_tree", path)
         except OSError:
             files = sorted(each for each in path.rglob("*") if each.is_file())
-            if files and not self.faults.lasting:  # it fails half-way
-                self.remove_file(files[0])
+            if files and not self.faults.lasting:
+                files[0].unlink()  # it fails half-way
             raise
         super().remove_tree(path)
-
-    def remove_file(self, path: Path) -> None:
-        path.unlink()
 
     def list_directory(self, path: Path) -> list[str]:
         self.faults.meet("list_directory", path)
         return super().list_directory(path)
 
-    def is_directory(self, path: Path) -> bool:
+    def is_directory(self, path: Path, *, follow: bool = False) -> bool:
         self.faults.meet("is_directory", path)
-        return super().is_directory(path)
+        return super().is_directory(path, follow=follow)
 
     def open(self, path: Path) -> ReadableFile:
         self.faults.meet("open", path)
@@ -146,73 +154,43 @@ class FaultFileSystem(LocalFileSystem):
         return super().lock(path)
 
 
-class _FaultyWritable:
-    def __init__(self, file: Any, path: Path, faults: Faults) -> None:
-        self._file, self._path, self._faults = file, path, faults
+class _FaultyWritable(WrappedFile):
+    def __init__(self, file: WritableFile, path: Path, faults: Faults) -> None:
+        super().__init__(file)
+        self._path, self._faults = path, faults
         self._offset = 0
 
-    async def write(self, view: memoryview) -> None:
+    async def write(self, view: memoryview) -> int:
         fault = self._faults.meet("write", self._path, self._offset, view.nbytes)
-        self._offset += view.nbytes
+        if fault == "short":  # the system takes less than it is given
+            view = view[:1000]
         if fault == "flip":
             self._faults.flip(view)
-            await self._file.write(view)
+        count = await super().write(view)
+        if fault == "flip":
             self._faults.flip(view)
-            return
-        if fault == "short":
-            # below the loop that is to cope with it: the system takes less than it is given
-            whole, self._file._file = self._file._file, _ShortOnce(self._file._file)
-            await self._file.write(view)
-            self._file._file = whole
-            return
-        await self._file.write(view)
+        self._offset += count
+        return count
 
     async def sync(self) -> None:
         self._faults.meet("sync", self._path)
-        await self._file.sync()
+        await super().sync()
 
     async def close(self) -> None:
-        await self._file.close()
+        await super().close()
         self._faults.meet("close", self._path)
 
 
-class _ShortOnce:
-    """The file below a writable, which takes 1000 bytes the first time."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._done = False
-
-    async def write(self, view: memoryview) -> Any:
-        if self._done:
-            return await self._file.write(view)
-        self._done = True
-        flags = fcntl.fcntl(self._file.fileno(), fcntl.F_GETFL)
-        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        count = await self._file.write(view[:1000])
-        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags)
-        return count
-
-
-class _FaultyReadable:
+class _FaultyReadable(WrappedReadable):
     def __init__(self, file: ReadableFile, path: Path, faults: Faults) -> None:
-        self._file, self._path, self._faults = file, path, faults
-        self.nbytes = file.nbytes
+        super().__init__(file)
+        self._path, self._faults = path, faults
 
     def read_into(self, offset: int, view: memoryview) -> int:
         fault = self._faults.meet("read", self._path, offset, view.nbytes)
         if fault == "short":
             view = view[:-1]
-        count = self._file.read_into(offset, view)
+        count = super().read_into(offset, view)
         if fault == "flip":
             self._faults.flip(view)
         return count
-
-    def skip_hole(self, offset: int) -> int:
-        return self._file.skip_hole(offset)
-
-    def is_cached(self, offset: int, nbytes: int) -> bool:
-        return self._file.is_cached(offset, nbytes)
-
-    def close(self) -> None:
-        self._file.close()

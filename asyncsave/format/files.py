@@ -1,0 +1,25 @@
+"""Files: what those of a checkpoint are called, and the limits of what is in them."""
+
+from __future__ import annotations
+
+FORMAT = 1
+CHECKPOINT_FILE = "checkpoint.json"
+FRAME_ALIGNMENT = 4096
+
+MAX_CHECKPOINT_BYTES = 16 << 20
+MAX_RANK_BYTES = 512 << 20
+MAX_CHUNK_BYTES = 1 << 30
+MAX_BYTES = 1 << 62
+"""Of a data file, and of a tensor's elements."""
+
+MAX_DIMS = 64
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's manifest."""
+    return f"rank-{rank:05d}.json"
+
+
+def data_file(rank: int) -> str:
+    """Return the name of a rank's data file."""
+    return f"rank-{rank:05d}.data"

@@ -1,0 +1,236 @@
+"""Write: a save from its first staged chunk to its commit, or undone.
+
+    event loop thread               encoders                  io threads
+    chunks, in plan order     ──▶   digest, planes, zstd
+    frames, in the same order ──▶                             write(2), fsync, commit
+
+Failure: the first error ends a save. It is UNDOING then, which stops the stager and the encoders;
+once both are still, every slot and frame is taken back and its draft is removed. So the next save
+finds all as if the failed one had never been. After the commit nothing makes a save fail any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import platform
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+import torch
+
+from .._version import __version__
+from ..codec.compression import Compression
+from ..errors import CommitError
+from ..format.records import About, ChunkRecord, encode_manifests
+from ..pages import padded
+from ..report import SaveReport
+from ..snapshot.snapshotter import Snapshotter
+from ..state.layout import tensor_records
+from ..storage.draft import Draft
+from .budget import Memory, encoder_threads
+from .choose import LEAST_WRITES, Chooser
+from .encode import Encoding, Frame, Frames
+from .save import Save, State
+
+_log = logging.getLogger("asyncsave")
+_T = TypeVar("_T")
+
+
+class Writing:
+    """Takes one save after the other to its commit. `write` runs in the event loop.
+
+    Args:
+        encoders: threads for digests and encoders.
+        io: two threads: one writes; the other waits, for device events, memory, or the stager.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        snapshotter: Snapshotter,
+        *,
+        compression: Compression | None,
+        durable: bool,
+        encoders: Executor,
+        io: Executor,
+    ) -> None:
+        self._memory = memory
+        self._snapshotter = snapshotter
+        self._durable = durable
+        self._chooser = Chooser(compression, encoder_threads())
+        self._encoding = Encoding(memory, compression, self._chooser, encoders=encoders, io=io)
+        self._io = io
+
+    async def write(self, save: Save) -> SaveReport:
+        """Take a save from its first staged chunk to its commit, or undo it and raise why."""
+        self._chooser.begin_save()
+        save.watchdog.start()
+        save.watchdog.writing(save.state.value)  # no arrow leads to the first state
+        try:
+            stored_bytes = await self._write(save)
+            # durable: what fails from here on is told, and is no failure of the save
+            try:
+                report = await self._call(save.report, stored_bytes, self._memory.nbytes)
+                _log.info("%s", report)
+                return report
+            finally:
+                await self._tidy_up(save)
+                save.to(State.DONE)
+        finally:
+            save.watchdog.close()
+
+    async def _write(self, save: Save) -> int:
+        """Commit a save and return the length of its files, or undo it and raise why."""
+        try:
+            async with Draft(save.target.place, durable=self._durable, io=self._io) as draft:
+                with self._stopping(save):
+                    return await self._fill(save, draft)
+        except CommitError:
+            raise  # it is in place
+        except BaseException:
+            save.stop(self._memory.arenas)  # where not even the draft could be begun
+            await self._settle(save)
+            save.to(State.FAILED)
+            raise
+
+    async def _fill(self, save: Save, draft: Draft) -> int:
+        """Write, seal and publish the draft; return the length of its files."""
+        save.to(State.WRITING)
+        async with self._fed(save) as frames:
+            async for some in frames:
+                await self._append(save, draft, some)
+                frames.finished(len(some))
+                if len(save.chunks) >= LEAST_WRITES:
+                    self._encoding.disk_is_known(frames)
+        save.to(State.SEALING)
+        rank_manifest, record = await self._call(self._manifests, save, draft.nbytes)
+        await draft.seal(rank_manifest)
+        self._chooser.synced(draft.nbytes, draft.sync_seconds)
+        save.to(State.PUBLISHING)
+        await draft.publish(record, replace=save.target.replace)
+        save.to(State.DURABLE)
+        return draft.nbytes + len(rank_manifest) + len(record)
+
+    @contextlib.asynccontextmanager
+    async def _fed(self, save: Save) -> AsyncIterator[Frames]:
+        """Have frames made of all that is staged; on leaving, nobody is at work on any.
+
+        Raises:
+            StagingError, SaveError: not all was staged.
+        """
+        frames = self._encoding.frames(save)
+        feeding = asyncio.create_task(self._encoding.feed(save, frames))
+        try:
+            with self._stopping(save):
+                yield frames
+                await feeding
+        except BaseException:
+            frames.widen(len(save.plan.chunks) + 1)  # the feeder goes on to the end of its queue
+            await asyncio.wait([feeding])
+            feeding.exception()  # follows from the first error, which is reported
+            await frames.drain()
+            raise
+
+    @contextlib.contextmanager
+    def _stopping(self, save: Save) -> Iterator[None]:
+        """On an error, let whoever works or waits for this save stop; unless it is in place."""
+        try:
+            yield
+        except CommitError:
+            save.to(State.UNKNOWN)
+            raise
+        except BaseException:
+            save.stop(self._memory.arenas)
+            raise
+
+    async def _append(self, save: Save, draft: Draft, frames: Sequence[Frame]) -> None:
+        """Write what comes of one task, neighbours in memory at once."""
+        watchdog = save.watchdog
+        for neighbours in _neighbours(frames):
+            watchdog.writing(f"writing at offset {draft.nbytes}")
+            first, last = neighbours[0], neighbours[-1]
+            nbytes = (len(neighbours) - 1) * first.slot.nbytes + last.pad()
+            begun = draft.write_seconds
+            offset = await draft.append(first.arena.view(first.slot, nbytes))
+            self._chooser.wrote(nbytes, draft.write_seconds - begun)
+            for frame in neighbours:
+                frame.arena.release(frame.slot)
+                save.chunks[frame.chunk.index] = _record(frame, offset)
+                offset += padded(frame.length)
+        watchdog.writing("")
+
+    async def _settle(self, save: Save) -> None:
+        """Wait until nobody touches the slots of a failed save any more, and take them back."""
+        await self._call(_wait_left, save)
+        try:
+            if self._snapshotter.transport is not None:
+                await self._call(self._snapshotter.transport.drain)
+        except RuntimeError as error:
+            _log.debug("waiting for copies of a save that has failed: %s", error)
+        finally:
+            if save.late is not None:
+                save.late.drop()
+            for arena in self._memory.arenas:
+                arena.reclaim()
+
+    async def _tidy_up(self, save: Save) -> None:
+        try:
+            await self._call(save.target.then)
+        except Exception:
+            _log.exception("%s is durable, but tidying up after it failed", save.target.place)
+
+    async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+    def _manifests(self, save: Save, data_bytes: int) -> tuple[bytes, bytes]:
+        """Return the rank manifest and ``checkpoint.json``."""
+        target = save.target
+        return encode_manifests(
+            tree=save.tree,
+            tensors=tensor_records(save.names, save.plan.layout),
+            chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
+            data_bytes=data_bytes,
+            about=About(
+                step=target.step,
+                lineage=target.lineage,
+                metrics=target.metrics,
+                metadata=target.metadata,
+                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                versions={
+                    "asyncsave": __version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
+                },
+            ),
+        )
+
+
+def _record(frame: Frame, offset: int) -> ChunkRecord:
+    return ChunkRecord(
+        offset=offset,
+        length=frame.length,
+        raw_length=frame.chunk.nbytes,
+        coding=frame.coding,
+        parts=list(frame.parts),
+        xxh3_128=frame.digest,
+        raw_xxh3_128=frame.raw_digest,
+    )
+
+
+def _neighbours(frames: Sequence[Frame]) -> Iterator[Sequence[Frame]]:
+    """Yield the frames in runs that lie end to end in memory."""
+    start = 0
+    for i in range(1, len(frames) + 1):
+        if i == len(frames) or not frames[i].follows(frames[i - 1]):
+            yield frames[start:i]
+            start = i
+
+
+def _wait_left(save: Save) -> None:
+    """Wait until the thread that saves has left."""
+    with save.staging:
+        pass

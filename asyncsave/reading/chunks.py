@@ -1,0 +1,119 @@
+"""Chunks: those of one rank: which addresses each has, and its bytes, checked and decoded.
+
+A chunk is read once, its checksum is compared before it is decoded and another one after, and it is
+decoded straight into the memory that it is for, if that is one piece.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import IntegrityError
+from ..format.checked import Manifest
+from ..format.records import ChunkRecord, digest
+from ..pages import Bytes
+from ..storage.files import File
+from .workers import Scratch
+
+
+class Chunks:
+    """The chunks of one rank, by number, and the open files that they are in.
+
+    Args:
+        manifest: the rank's.
+        files: its data files, open; they stay the caller's.
+
+    Attributes:
+        records: the chunks' own.
+        addresses: where each begins, and behind the last one, where that ends.
+    """
+
+    def __init__(self, manifest: Manifest, files: Sequence[File]) -> None:
+        self.records = manifest.chunks
+        lengths = (chunk.raw_length for chunk in manifest.chunks)
+        self.addresses = list(itertools.accumulate(lengths, initial=0))
+        self._files = files
+
+    def of(self, start: int, stop: int) -> range:
+        """Return the numbers of the chunks that have the addresses ``start`` to ``stop``."""
+        if start == stop:
+            return range(0)
+        first = bisect.bisect_right(self.addresses, start) - 1
+        return range(first, bisect.bisect_left(self.addresses, stop, first))
+
+    def is_cheap_to_read(self, i: int) -> bool:
+        """Whether a chunk need not be decoded, and is in the page cache."""
+        chunk = self.records[i]
+        return chunk.coding == "raw" and self._files[chunk.file].is_cached(
+            chunk.offset, chunk.length
+        )
+
+    def read(self, i: int, memory: Bytes | None, scratch: Scratch) -> Bytes:
+        """Return a chunk's bytes, decoded, in ``memory``, or else in the scratch's.
+
+        Raises:
+            IntegrityError: they are not what was written.
+            LoadError: they cannot be read now.
+        """
+        chunk = self.records[i]
+        if chunk.coding == "raw":
+            raw = scratch.stored[: chunk.length] if memory is None else memory
+            self.read_stored(i, raw)
+            if chunk.raw_xxh3_128 != chunk.xxh3_128:
+                raise self._damage(chunk, "has two checksums that contradict each other")
+            return raw
+        raw = scratch.raw[: chunk.raw_length] if memory is None else memory
+        stored = self.read_stored(i, scratch.stored[: chunk.length])
+        try:
+            scratch.decoder.decode(stored, chunk.coding, chunk.parts, raw)
+        except ValueError as cause:
+            raise self._damage(chunk, f"cannot be decoded: {cause}") from cause
+        if digest(raw.data) != chunk.raw_xxh3_128:
+            raise self._damage(chunk, "decodes to bytes that do not have the checksum they should")
+        return raw
+
+    def read_stored(self, i: int, memory: Bytes) -> Bytes:
+        """Read a chunk's stored bytes into ``memory``, check them, and return it."""
+        chunk = self.records[i]
+        count = self._files[chunk.file].read_into(chunk.offset, memory.data)
+        if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
+            raise self._damage(chunk, "does not have the checksum it was written with")
+        return memory
+
+    def check_gaps(self) -> None:
+        """Check that what lies between frames is zeros, the only bytes without a checksum.
+
+        Raises:
+            IntegrityError: it is not; values are unharmed, so only `verify` asks.
+        """
+        for number, file in enumerate(self._files):
+            frames = [
+                (chunk.offset, chunk.length) for chunk in self.records if chunk.file == number
+            ]
+            end = 0
+            for offset, length in [*sorted(frames), (file.nbytes, 0)]:
+                # a hole may be far longer than anybody wants to read
+                while (end := file.skip_hole(end)) < offset:
+                    nbytes = min(offset - end, 1 << 20)
+                    _check_zeros(file, end, nbytes)
+                    end += nbytes
+                end = offset + length
+
+    def _damage(self, chunk: ChunkRecord, what: str) -> IntegrityError:
+        path = self._files[chunk.file].path
+        return IntegrityError(
+            f"{path} is damaged: the chunk of {chunk.length} bytes at offset {chunk.offset} {what}",
+            path=path,
+            offset=chunk.offset,
+        )
+
+
+def _check_zeros(file: File, offset: int, nbytes: int) -> None:
+    gap = np.empty(nbytes, np.uint8)
+    if file.read_into(offset, gap.data) != nbytes or gap.any():
+        what = f"{file.path} has bytes that are not zero between its frames"
+        raise IntegrityError(what, path=file.path, offset=offset)

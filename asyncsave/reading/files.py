@@ -1,0 +1,72 @@
+"""Files: the two that say what a checkpoint has, read whole."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointNotFoundError, FormatError, IntegrityError, LoadError
+from ..format.checked import decode_checkpoint
+from ..format.files import CHECKPOINT_FILE, MAX_CHECKPOINT_BYTES
+from ..format.records import CheckpointRecord
+from ..storage.files import File
+from ..storage.place import Place
+
+
+def read_record(place: Place) -> CheckpointRecord:
+    """Return the ``checkpoint.json`` of the checkpoint at ``place``, validated.
+
+    Raises:
+        CheckpointNotFoundError, FormatError, UnsupportedVersionError, IntegrityError.
+    """
+    return decode_checkpoint(read_first(place), place.path / CHECKPOINT_FILE)
+
+
+def read_first(place: Place) -> bytes | bytearray:
+    """Return the bytes of the ``checkpoint.json`` of the checkpoint at ``place``.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        LoadError: see `read_whole`.
+    """
+    file = place / CHECKPOINT_FILE
+    if not file.exists():
+        raise CheckpointNotFoundError(
+            f"there is no checkpoint at {place}: it has no {CHECKPOINT_FILE}"
+        )
+    return read_whole(file, MAX_CHECKPOINT_BYTES)
+
+
+def read_whole(place: Place, limit: int, exactly: int | None = None) -> bytes | bytearray:
+    """Return all bytes of a file.
+
+    Args:
+        limit: the longest that it may be, in bytes.
+        exactly: its length, if that is known.
+
+    Raises:
+        IntegrityError: it is missing, cannot be read, or is not as long.
+        FormatError: it is too long.
+        LoadError: it cannot be read now, which says nothing of it; or there is no memory.
+    """
+    file = place.open()
+    try:
+        if exactly is not None:
+            check_length(file, exactly)
+        if file.nbytes > limit:
+            raise FormatError(f"{place} is {file.nbytes} bytes long; at most {limit} are allowed")
+        buffer = bytearray(file.nbytes)
+        count = file.read_into(0, memoryview(buffer))
+    except MemoryError as cause:
+        raise LoadError(f"there is no memory for the {file.nbytes} bytes of {place}") from cause
+    finally:
+        file.close()
+    del buffer[count:]
+    return buffer
+
+
+def check_length(file: File, nbytes: int) -> None:
+    """Raise IntegrityError if an open file is not ``nbytes`` long."""
+    if file.nbytes != nbytes:
+        raise IntegrityError(
+            f"{file.path} is {file.nbytes} bytes long, not {nbytes}",
+            path=file.path,
+            offset=min(file.nbytes, nbytes),
+        )

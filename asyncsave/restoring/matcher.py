@@ -1,0 +1,286 @@
+"""Matcher: walks a live state and a checkpoint's tree side by side, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..format.leaf import Leaf
+from ..format.names import leaf_names, some
+from ..format.select import OMITTED, is_whole
+from ..format.tree import (
+    DictNode,
+    ListNode,
+    NamedTupleNode,
+    Node,
+    ObjectNode,
+    OrderedDictNode,
+    TensorNode,
+    TupleNode,
+    key_name,
+)
+from .fits import fit_leaf, fit_number, kind_of_node
+from .hints import hints
+from .live import Bulk, Target, can_cast, dtype_name, refusal
+from .match import Edit, Loading, Match, Place, TupleEdit, show
+from .modules import entries, fills_in_place, paired
+from .optimizers import optimizer_reasons
+from .wish import Wish
+
+
+def match_state(
+    into: Any, tree: Node, leaves: Sequence[Leaf], wish: Wish, reasons: Sequence[str] = ()
+) -> Match:
+    """Return what restoring ``tree`` into a state would be.
+
+    Args:
+        into: the live state.
+        tree: of the checkpoint, what is asked for, under the state's names.
+        leaves: the checkpoint's.
+        wish: what may differ.
+        reasons: what is against it already; then nothing is looked for.
+    """
+    match = Match(reasons=list(reasons))
+    if reasons:
+        return match
+    root = [into]
+    _Matcher(match, leaves, wish).walk(into, tree, "", Place(root, 0))
+    if match.changes(root):
+        match.reasons.append(
+            f"the state itself is a {type(into).__name__}, which cannot be filled in place; "
+            "pass a dict, or use load()"
+        )
+    if not match.reasons and not match.found and (saved := leaf_names(tree)):
+        match.reasons += [
+            f"no name is in both: the checkpoint has {some(saved)}",
+            f"and the state has {some(match.missing) if match.missing else 'nothing'}",
+        ]
+    if match.reasons and match.absent:
+        match.reasons[:0] = hints(tree, leaves, match.absent)
+    return match
+
+
+class _Matcher:
+    """Fills a `Match`, value by value."""
+
+    def __init__(self, match: Match, leaves: Sequence[Leaf], wish: Wish) -> None:
+        self._match = match
+        self._leaves = leaves
+        self._wish = wish
+
+    def walk(self, into: Any, node: Node, name: str, place: Place) -> None:
+        """Match one value. HOT (per leaf).
+
+        Args:
+            into: the live value.
+            node: what the checkpoint has for it.
+            name: its fqn.
+            place: where it is, should it have to be replaced.
+        """
+        if node is OMITTED:
+            return
+        if callable(getattr(into, "load_state_dict", None)) and not isinstance(into, type):
+            self._object(into, node.state if isinstance(node, ObjectNode) else node, name)
+            return
+        if isinstance(node, ObjectNode):
+            node = node.state
+        if isinstance(into, (torch.Tensor, np.ndarray)):
+            self._bulk(into, node, name)
+        elif isinstance(into, dict):
+            self._dict(into, node, name)
+        elif isinstance(into, (list, tuple)) and not isinstance(into, torch.Size):
+            self._sequence(into, node, name, place)
+        elif into is None or isinstance(into, _PLAIN):
+            self._match.edits.append(Edit(place, node, name))
+        else:
+            why = f"the checkpoint has a {kind_of_node(node)}, the state a {type(into).__name__}"
+            self._match.reasons.append(f"{show(name)}: {why}")
+
+    def _differs(self, into: Any, node: Node, name: str) -> None:
+        """Note that only the state has a container."""
+        kind = "dict" if isinstance(into, dict) else type(into).__name__
+        why = f"the state has a {kind}, the checkpoint a {kind_of_node(node)}"
+        self._match.reasons.append(f"{show(name)}: {why}")
+
+    def _bulk(self, into: Bulk, node: Node, name: str) -> None:
+        match = self._match
+        if isinstance(node, TensorNode):
+            leaf, number = self._leaves[node.i], None
+            fit = fit_leaf(leaf, into, self._wish.cast)
+        else:
+            leaf = None
+            fit = fit_number(node, into, self._wish.cast)
+            number = fit.number
+        if fit.why:
+            match.reasons.append(f"{show(name)}: {fit.why}")
+            return
+        if fit.cast:
+            match.cast_names.append(name)
+        match.targets.append(Target(name, into, leaf, number, fit.cast))
+
+    # -- dicts --------------------------------------------------------------------------------
+
+    def _dict(self, into: dict[Any, Any], node: Node, name: str, *, takes_all: bool = True) -> None:
+        if not isinstance(node, (DictNode, OrderedDictNode)):
+            self._differs(into, node, name)
+            return
+        match = self._match
+        if into.keys() == {"state", "param_groups"}:
+            match.copies.append(show(name))
+        prefix = f"{name}." if name else ""
+        saved = entries(node)
+        names = [prefix + key_name(key) for key in node.keys]
+        if not into and takes_all:
+            items = zip(saved.items(), names, strict=True)
+            match.edits += [Edit(Place(into, key), value, each) for (key, value), each in items]
+            return
+        before = match.found + len(match.reasons)
+        by_key = dict(zip(saved, names, strict=True))
+        for key, value in into.items():
+            if key in saved:
+                self.walk(value, saved[key], by_key[key], Place(into, key))
+            else:
+                self._missing(f"{prefix}{key}", value)
+        self._unexpected([each for key, each in by_key.items() if key not in into])
+        if match.found + len(match.reasons) == before or not saved.keys() & into.keys():
+            self._nothing_in(name, into)
+
+    def _missing(self, name: str, value: Any) -> None:
+        """Note that the checkpoint has nothing for a name of the state."""
+        if self._wish.leaves_out(name):
+            return
+        self._match.missing.append(name)
+        if _has_leaves(value):
+            self._match.absent[name] = value
+        if self._wish.strict:
+            self._match.reasons.append(f"{name}: missing in the checkpoint")
+
+    def _unexpected(self, names: list[str]) -> None:
+        """Note that the state has nothing for names of the checkpoint."""
+        self._match.unexpected += names
+        if self._wish.strict:
+            self._match.reasons += [
+                f"{name}: unexpected, the state has no such key" for name in names
+            ]
+
+    def _nothing_in(self, name: str, value: Any) -> None:
+        if _has_leaves(value) and not self._wish.leaves_out(name):
+            self._match.absent[name] = value
+
+    # -- lists and tuples -----------------------------------------------------------------------
+
+    def _sequence(self, into: Any, node: Node, name: str, place: Place) -> None:
+        whole = self._whole_place(into, node, place)
+        if whole is not None:
+            self._match.edits.append(Edit(whole, node, name))
+        elif not isinstance(node, _SEQUENCES):
+            self._differs(into, node, name)
+        elif len(into) != len(node.items):
+            why = f"saved with {len(node.items)} items, the state has {len(into)}"
+            self._match.reasons.append(f"{show(name)}: {why}")
+        elif isinstance(into, list):
+            self._items(into, into, node.items, name)
+        else:
+            self._tuple(into, node.items, name, place)
+
+    def _whole_place(self, into: Any, node: Node, place: Place) -> Place | None:
+        """Return where to put all of a list or tuple at once, if its items are not matched.
+
+        One of plain values alone is a plain value: a history of losses, say, which has grown. And
+        an empty list takes all, as an empty dict does.
+        """
+        if not isinstance(node, _SEQUENCES):
+            return None
+        is_plain = _is_plain(into) and is_whole(node)
+        if isinstance(into, list):
+            return Place(into, slice(None)) if is_plain or not into else None
+        return place if is_plain and len(into) != len(node.items) else None
+
+    def _items(self, into: Sequence[Any], items: Any, nodes: list[Node], name: str) -> None:
+        """Match the items of ``into``; what replaces them goes into ``items``."""
+        prefix = f"{name}." if name else ""
+        for i, (value, node) in enumerate(zip(into, nodes, strict=True)):
+            self.walk(value, node, f"{prefix}{i}", Place(items, i))
+
+    def _tuple(self, into: tuple[Any, ...], nodes: list[Node], name: str, place: Place) -> None:
+        """Match a tuple: it cannot be changed, so that what is replaced in it replaces it."""
+        match = self._match
+        edits, tuples = len(match.edits), len(match.tuples)
+        items = list(into)
+        self._items(into, items, nodes, name)
+        if match.changes(items, edits, tuples):
+            match.tuples.append(TupleEdit(place, into, items))
+
+    # -- objects ------------------------------------------------------------------------------
+
+    def _object(self, into: Any, node: Node, name: str) -> None:
+        if isinstance(into, torch.nn.Module):
+            self._module(into, node, name)
+            return
+        if isinstance(into, torch.optim.Optimizer):
+            self._match.reasons += optimizer_reasons(into, node, self._leaves, name)
+        self._match.objects.append(Loading(into, name, node))
+
+    def _module(self, into: torch.nn.Module, node: Node, name: str) -> None:
+        module, state, node = paired(into, node)
+        if isinstance(state, dict) and fills_in_place(module, state):
+            self._dict(state, node, name, takes_all=False)
+            return
+        own = dict(state) if isinstance(state, dict) else {}
+        keys = frozenset(own)
+        own.update(module.named_parameters())
+        for key, value in entries(node).items():
+            tensor = own.get(key)
+            if isinstance(tensor, torch.Tensor) and isinstance(value, TensorNode):
+                leaf = self._leaves[value.i]
+                self._loaded_tensor(tensor, leaf, f"{name}.{key}" if name else str(key))
+        self._match.objects.append(Loading(module, name, node, keys))
+
+    def _loaded_tensor(self, own: torch.Tensor, leaf: Leaf, name: str) -> None:
+        """Match a tensor of a module that loads by itself, of which that may not say enough."""
+        match = self._match
+        dtype = dtype_name(own)
+        if own.is_meta:
+            match.reasons.append(f"{name}: {refusal(own)}")
+        elif leaf.dtype.name != dtype and can_cast(leaf.dtype.name, own):
+            match.cast_names.append(name)  # torch would convert it without a word
+            if not self._wish.cast:
+                match.reasons.append(
+                    f"{name}: saved with dtype {leaf.dtype.name}, the state has {dtype} "
+                    "(cast=True converts it)"
+                )
+
+
+_SEQUENCES = (ListNode, TupleNode, NamedTupleNode)
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    np.generic,
+)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, _PLAIN)
+
+
+def _has_leaves(value: Any) -> bool:
+    if isinstance(value, torch.nn.Module):
+        return bool(value.state_dict())
+    if isinstance(value, (dict, list, tuple)):
+        return bool(value)
+    return callable(getattr(value, "load_state_dict", None))

@@ -1,0 +1,120 @@
+"""Objects: those that load by themselves do so, all or none."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MismatchError
+from .match import Loading, Match, show
+from .wish import Wish
+
+_log = logging.getLogger("asyncsave")
+
+_SAYS_WHY = (ValueError, RuntimeError, TypeError, MismatchError)
+"""Errors whose text says enough without their type."""
+
+
+def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) -> None:
+    """Call every ``load_state_dict``; when one refuses, put back those before it.
+
+    Args:
+        path: the checkpoint's.
+        match: whose objects they are; what modules leave out is noted in it.
+        states: what each is to load.
+        wish: whether they may leave out anything.
+
+    Raises:
+        MismatchError: one refused, or all took nothing of what was saved.
+    """
+    before: list[tuple[Any, Any]] = []
+    nothing = bool(match.objects) and len(match.objects) == match.found
+    for each, state in zip(match.objects, states, strict=True):
+        try:
+            before.append((each.into, _state_before(each.into)))
+            if isinstance(each.into, torch.nn.Module):
+                nothing &= _load_module(match, each, state, wish)
+            else:
+                each.into.load_state_dict(state)
+                nothing = False
+        except BaseException as cause:
+            _put_back(before)
+            if not isinstance(cause, Exception):
+                raise  # the user's own interrupt, now that all is as it was
+            raise _refused(path, each, cause) from cause
+    if nothing:
+        _put_back(before)
+        names = [f"{show(each.name)}: took nothing of what was saved" for each in match.objects]
+        raise MismatchError(f"{path} does not fit the state:", names)
+
+
+def _state_before(into: Any) -> Any:
+    """Return the state that brings an object back to what it is now; None if it has none."""
+    old = into.state_dict() if callable(getattr(into, "state_dict", None)) else None
+    # optimizers replace their tensors, others may write into them
+    return old if isinstance(into, torch.optim.Optimizer) else copy.deepcopy(old)
+
+
+def _put_back(before: Sequence[tuple[Any, Any]]) -> None:
+    for done, old in before:
+        try:
+            if old is not None:
+                done.load_state_dict(old)
+        except Exception as error:  # the others are put back all the same
+            _log.warning(
+                "restore: %s could not be put back to what it was: %r", type(done).__name__, error
+            )
+
+
+def _refused(path: Path, each: Loading, cause: Exception) -> MismatchError:
+    why = str(cause) if type(cause) in _SAYS_WHY else repr(cause)
+    reason = f"{show(each.name)}: {type(each.into).__name__}.load_state_dict refused: {why}"
+    return MismatchError(f"{path} does not fit the state:", [reason])
+
+
+def _load_module(match: Match, each: Loading, state: Any, wish: Wish) -> bool:
+    """Let a module load; note what it left out, and return whether that is everything.
+
+    Raises:
+        ValueError: it left out something, and may not.
+    """
+    strict = wish.strict and wish.patterns is None
+    options = {"strict": strict} if not strict or _takes_strict(each.into) else {}
+    result = each.into.load_state_dict(state, **options)
+    saved = set(state) if isinstance(state, dict) else set()
+    missing = _missing(result, each, saved, wish)
+    dropped = [key for key in getattr(result, "unexpected_keys", ()) if key in saved]
+    if wish.strict and (missing or dropped):
+        lost = ", ".join(map(repr, (missing + dropped)[:8]))
+        raise ValueError(f"it would go without {lost}, of which only one side knows")
+    match.missing += [_name_in(each, key) for key in missing]
+    match.unexpected += [_name_in(each, key) for key in dropped]
+    return bool(saved) and len(dropped) == len(saved)
+
+
+def _missing(result: Any, each: Loading, saved: set[Any], wish: Wish) -> list[str]:
+    """Return what a module says that it has not been given, of what is asked for.
+
+    It may leave out what it does not have: what counts is what it has, and was not given.
+    """
+    lacks = each.keys - saved
+    keys = [key for key in getattr(result, "missing_keys", ()) if key in lacks]
+    return [key for key in keys if not wish.leaves_out(_name_in(each, key))]
+
+
+def _name_in(each: Loading, key: str) -> str:
+    return f"{each.name}.{key}" if each.name else key
+
+
+def _takes_strict(module: torch.nn.Module) -> bool:
+    try:
+        parameters = inspect.signature(module.load_state_dict).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(each.name == "strict" or each.kind is each.VAR_KEYWORD for each in parameters)

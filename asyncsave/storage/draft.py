@@ -1,0 +1,208 @@
+"""Draft: from a directory being written to a checkpoint.
+
+The order is the promise, each step only after the one before has returned:
+
+    begin     a hidden directory, locked; its data file
+    append    frames, one after the other, each on pages of its own
+    seal      data synced → rank manifest synced
+    publish   checkpoint.json synced → directory synced → rename → parent synced
+
+and only then it is reported durable, and older checkpoints may be pruned.
+
+A directory that is being written has a hidden name with a random token, ``.step-000001000.1f3a…``,
+and its writer holds a lock on it, so that its leftovers can be told from a save that is still
+running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, Self, TypeVar
+
+from ..errors import CheckpointExistsError, CommitError, WriteError
+from ..format.files import CHECKPOINT_FILE, data_file, rank_file
+from .disk import Lock
+from .files import NewFile
+from .place import Place
+
+_log = logging.getLogger("asyncsave")
+_T = TypeVar("_T")
+
+REPLACED = ".replaced"
+"""Ends the hidden name of a checkpoint whose place another is about to take; see `_rename`."""
+
+
+def hidden(target: Place) -> Place:
+    """Return a new temporary name beside ``target``."""
+    return target.parent / f".{target.name}.{secrets.token_hex(8)}"
+
+
+class Scratch:
+    """A hidden, locked directory beside ``target``, to be renamed to it, or removed.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+
+    def __init__(self, target: Place) -> None:
+        self.place = hidden(target)
+        self.place.create_directory()
+        try:
+            self.lock: Lock | None = self.place.lock()
+        except BaseException:
+            self.lock = None
+            self.remove()
+            raise
+
+    def unlock(self) -> None:
+        """Let go of it: it has its name."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def remove(self) -> None:
+        """Remove it; what cannot be removed is left for a sweep."""
+        try:
+            self.place.remove()
+        except WriteError as cause:
+            _log.warning("%s; the next run will", cause)
+        finally:
+            self.unlock()
+
+
+class Draft:
+    """One checkpoint on its way. Belongs to the event loop's thread; `io` does what blocks.
+
+    Used with ``async with``: what was not published is undone when that is left.
+
+    Attributes:
+        nbytes: length of the data file so far.
+        write_seconds: time spent writing it.
+        sync_seconds: time spent syncing it.
+        published: the rename has happened, and nothing will be undone.
+    """
+
+    def __init__(self, target: Place, *, durable: bool, io: Executor) -> None:
+        self.target = target
+        self.nbytes = 0
+        self.write_seconds = self.sync_seconds = 0.0
+        self.published = False
+        self._durable = durable
+        self._io = io
+        self._scratch: Scratch | None = None
+        self._file: NewFile | None = None
+
+    async def __aenter__(self) -> Self:
+        """Make the directory and its data file.
+
+        Raises:
+            WriteError: they cannot be made; nothing is left of them.
+        """
+        self._scratch = await self._call(Scratch, self.target)
+        try:
+            self._file = await (self._scratch.place / data_file(0)).create(self._io)
+        except BaseException:
+            await self._undo()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self.published:
+            await self._undo()
+
+    async def append(self, frames: memoryview) -> int:
+        """Write a whole number of pages; return the offset they begin at."""
+        assert self._file is not None
+        offset, begun = self._file.nbytes, time.perf_counter()
+        await self._file.append(frames)
+        self.write_seconds += time.perf_counter() - begun
+        self.nbytes = self._file.nbytes
+        return offset
+
+    async def seal(self, rank_manifest: bytes) -> None:
+        """End this rank's files, so that only ``checkpoint.json`` is missing."""
+        assert self._file is not None
+        if self._durable:
+            begun = time.perf_counter()
+            await self._file.sync()  # DURABILITY: every frame
+            self.sync_seconds = time.perf_counter() - begun
+        file, self._file = self._file, None
+        await file.close()
+        await self._call(self._write, rank_file(0), rank_manifest)
+
+    async def publish(self, record: bytes, *, replace: bool) -> None:
+        """Write ``checkpoint.json`` and give the directory its name.
+
+        Raises:
+            WriteError: not committed.
+            CheckpointExistsError: not committed; something came to be at the target meanwhile.
+            CommitError: renamed, but the parent directory could not be synced.
+        """
+        await self._call(self._publish, record, replace)
+
+    # -- io threads -----------------------------------------------------------------------------
+
+    def _write(self, name: str, data: bytes) -> None:
+        assert self._scratch is not None
+        (self._scratch.place / name).write_file(data, sync=self._durable)
+
+    def _publish(self, record: bytes, replace: bool) -> None:
+        assert self._scratch is not None
+        self._write(CHECKPOINT_FILE, record)
+        if self._durable:
+            self._scratch.place.sync()  # DURABILITY: all entries before the rename
+        old = _rename(self._scratch.place, self.target, replace=replace)  # COMMIT POINT
+        self.published = True
+        self._scratch.unlock()
+        if self._durable:
+            try:
+                self.target.parent.sync()  # DURABILITY: the rename itself
+            except WriteError as cause:
+                raise CommitError(
+                    f"{self.target} is in place, but its name may not be on disk: {cause}. It can "
+                    "be loaded now; whether it would survive a power cut is not known"
+                ) from cause
+        if old is not None:
+            with contextlib.suppress(WriteError):  # a leftover, which the next sweep takes
+                old.remove()
+
+    async def _undo(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(WriteError):
+                await file.close()
+        if self._scratch is not None:
+            await self._call(self._scratch.remove)
+
+    async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+
+def _rename(scratch: Place, target: Place, *, replace: bool) -> Place | None:
+    """Put the scratch in place; return the hidden name of what it replaced, if anything."""
+    try:
+        scratch.rename(target)
+        return None
+    except WriteError as cause:
+        if not target.exists():
+            raise
+        if not replace:
+            raise CheckpointExistsError(
+                f"{target} came to be while it was being saved; it was left as it is"
+            ) from cause
+    if scratch.exchange(target):
+        return scratch
+    # no atomic swap here: for a moment neither is there by name, and a sweep puts the old one back
+    old = target.parent / f"{hidden(target).name}{REPLACED}"
+    target.rename(old)
+    try:
+        scratch.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    return old
