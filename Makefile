@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 # One question each, in the order of a README reader's; about 50 minutes in all, with nothing else running.
 BENCHES := stall save codec memory restore many gil auto faults start
 
-.PHONY: demo test test-slow soak check bench knobs clean
+.PHONY: demo test test-slow test-matrix soak check wheel bench knobs clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_lm.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadgroup --durations 10
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
@@ -26,6 +26,35 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel as people get it: built, installed where the source tree is not, the README's examples run.
+# What it needs is taken from $(VENV) by a line in a .pth file, and pip checks that it is all there.
+WHEEL := $(VENV)/wheel
+wheel: $(VENV)/ready
+	rm -rf $(WHEEL) && mkdir $(WHEEL)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	$(BIN)/python -m venv --without-pip $(WHEEL)/venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> $$(echo $(WHEEL)/venv/lib/python3*/site-packages)/needs.pth
+	$(BIN)/pip --python $(WHEEL)/venv install --quiet --disable-pip-version-check --no-index \
+	    --no-deps --force-reinstall $(WHEEL)/*.whl
+	$(BIN)/pip --python $(WHEEL)/venv check --disable-pip-version-check
+	$(WHEEL)/venv/bin/asyncsave --version
+	$(WHEEL)/venv/bin/python tests/scripts/readme.py
+
+# Each in an environment of its own, which is removed again; what is not installed here is said.
+MATRIX := 3.11 3.12 3.13 3.14
+test-matrix:
+	set -e; for each in $(MATRIX); do \
+	    if command -v python$$each > /dev/null; then \
+	        for torch in "torch==2.6.*" "$(TORCH)"; do \
+	            echo "== Python $$each, $$torch"; \
+	            $(MAKE) test PYTHON=python$$each VENV=.venv-matrix "TORCH=$$torch" \
+	            || echo "!! Python $$each, $$torch: failed"; \
+	            rm -rf .venv-matrix; \
+	        done; \
+	    else echo "== Python $$each is not installed"; fi; \
+	done
 
 bench: $(VENV)/bench-ready
 	set -e; for each in $(BENCHES); do echo "bench/$$each.py"; $(BIN)/python bench/$$each.py; done
