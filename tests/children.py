@@ -167,12 +167,15 @@ def _serve(door: socket.socket) -> dict[str, Any] | None:
         message, descriptors, _, _ = socket.recv_fds(door, _MESSAGE_BYTES, 2)
         if not message:
             return None
+        answer, tell = os.pipe()
         helper = os.fork()
         if helper == 0:
             child = os.fork()
             if child:
-                door.send(str(child).encode())
+                os.write(tell, str(child).encode())
                 os._exit(0)
+            os.close(answer)
+            os.close(tell)
             for to, descriptor in enumerate(descriptors, 1):
                 os.dup2(descriptor, to)
                 os.close(descriptor)
@@ -181,7 +184,10 @@ def _serve(door: socket.socket) -> dict[str, Any] | None:
             return request
         for descriptor in descriptors:
             os.close(descriptor)
-        os.waitpid(helper, 0)
+        os.waitpid(helper, 0)  # from here on the child is the tests', who may wait for it
+        door.send(os.read(answer, 100))
+        os.close(answer)
+        os.close(tell)
 
 
 def _become(request: dict[str, Any]) -> types.ModuleType:
