@@ -47,7 +47,7 @@ class File:
 def read_error(done: str, path: Path, offset: int, cause: OSError) -> LoadError:
     """Return the LoadError that says ``cause`` in asyncsave's words; raise it ``from cause``."""
     if cause.errno in _NOT_DAMAGE:
-        return LoadError(f"{path} cannot be {done} now: {cause.strerror}")
+        return LoadError(f"{path} cannot be {done} now: {cause.strerror or cause}")
     return IntegrityError(
         f"{path} cannot be {done} at offset {offset}: {cause}", path=path, offset=offset
     )

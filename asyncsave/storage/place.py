@@ -98,7 +98,7 @@ class Place:
         try:
             yield
         except OSError as cause:
-            raise LoadError(f"{self} cannot be read: {cause.strerror}") from cause
+            raise LoadError(f"{self} cannot be read: {cause.strerror or cause}") from cause
         except ValueError as cause:  # a NUL in the path
             raise LoadError(f"{self} cannot be looked into: {cause}") from cause
 
