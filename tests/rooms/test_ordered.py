@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,7 +279,10 @@ async def take_one(ordered: Ordered[int]) -> int:
 
 
 def test_an_error_comes_out_in_its_place_and_drain_swallows_the_rest() -> None:
+    lost: list[Any] = []
+
     async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
         ordered: Ordered[int] = Ordered(9)
         tasks = [future() for _ in range(5)]
         for each in tasks:
@@ -302,6 +306,8 @@ def test_an_error_comes_out_in_its_place_and_drain_swallows_the_rest() -> None:
             await anext(ordered)
 
     run(main())
+    gc.collect()
+    assert lost == [], "or asyncio would write that an exception was never retrieved"
 
 
 def test_drain_of_nothing_is_nothing() -> None:
