@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from tests.sweeps.attacks.forge import sign_text
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -89,6 +93,13 @@ def in_small_chunks() -> dict[str, torch.Tensor]:
         **{str(each): torch.ones((64 << 10) // each.itemsize, dtype=each) for each in others},
         "last": torch.randn(20_000).half(),
     }
+
+
+def make_newer(checkpoint: Path) -> None:
+    """Make a checkpoint one of format 2, which nobody knows yet."""
+    record = json.loads((checkpoint / "checkpoint.json").read_bytes())
+    del record["xxh3_128"]
+    sign_text(checkpoint, json.dumps(record | {"format": 2}))
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

@@ -147,6 +147,16 @@ def test_a_library_is_used_in_its_room_alone(library: str) -> None:
     assert users == ONLY_IN[library]
 
 
+BEHIND_THE_SEAM = {f"asyncsave.storage.{name}" for name in ("disk", "local", "direct")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_storage_knows_a_disk(path: Path) -> None:
+    """All others have a `Place`, which says in our words what its disk refuses."""
+    if room_of(path) != "storage":
+        assert BEHIND_THE_SEAM.isdisjoint(imports(path))
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_pure_rooms_have_no_threads_files_or_clock(path: Path) -> None:
     if name_of(path).startswith(tuple(PURE)):

@@ -15,7 +15,7 @@ import torch
 
 import asyncsave
 from tests.doubles.fault_disk import FaultDisk, Faults
-from tests.support import assert_same
+from tests.support import assert_same, make_newer
 
 
 def put(state: Any, path: Path, **options: Any) -> Path:
@@ -414,14 +414,10 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
-    from asyncsave.format.records import _PREFIX, digest
-
     with asyncsave.Checkpointer(tmp_path, durable=False) as ckpt:
         ckpt.save(1, {"x": 1})
         ckpt.save(2, {"x": 2}, block=True)
-        file = tmp_path / "step-000000002" / "checkpoint.json"
-        rest = file.read_bytes()[len(_PREFIX) + 32 :].replace(b'"format":1', b'"format":2')
-        file.write_bytes(_PREFIX + digest(rest).encode() + rest)
+        make_newer(tmp_path / "step-000000002")
         with pytest.raises(asyncsave.UnsupportedVersionError, match="format 2"):
             ckpt.load()
 
