@@ -89,7 +89,7 @@ def build_keys(nodes: Sequence[Node], values: Values) -> Sequence[Any]:
         FormatError: one says something that cannot be; or what ``IMPOSSIBLE`` lists.
         LoadError: ``values`` cannot make one.
     """
-    if all(type(node) in LITERALS for node in nodes):  # as in nearly all dicts
+    if LITERALS.issuperset(map(type, nodes)):  # as in nearly all dicts
         return nodes
     return [_build(node, _no_bulk, values) for node in nodes]
 

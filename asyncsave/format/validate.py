@@ -40,12 +40,22 @@ def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> Non
     """
     if depth > 2 * MAX_DEPTH:
         raise FormatError(f"{path} has a tree of more than {2 * MAX_DEPTH} levels")
-    if type(node) in LITERALS:  # most nodes of a large tree
+    if type(node) in LITERALS:
         return
     if isinstance(node, TensorNode):
         if not 0 <= node.i < tensors:
             raise FormatError(f"{path} has a tree with tensor {node.i}, and {tensors} tensors")
         return
+    _check_itself(node, path)
+    for part in parts(node):
+        if type(part) not in LITERALS or depth == 2 * MAX_DEPTH:  # most keys need no call
+            validate_tree(part, tensors, path, depth + 1)
+    if isinstance(node, (DictNode, OrderedDictNode)):  # after its parts: keys are not too deep now
+        _validate_dict(node, path)
+
+
+def _check_itself(node: Node, path: object) -> None:
+    """Check what a record says, without the records in it."""
     try:
         if isinstance(node, NamedTupleNode):
             if len(node.fields) != len(node.items):
@@ -57,17 +67,14 @@ def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> Non
         raise
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has an impossible value in its tree: {cause!s:.200}") from cause
-    for part in parts(node):
-        validate_tree(part, tensors, path, depth + 1)
-    if isinstance(node, (DictNode, OrderedDictNode)):  # after its parts: keys are not too deep now
-        _validate_dict(node, path)
 
 
 def _validate_dict(node: DictNode | OrderedDictNode, path: object) -> None:
-    if len(node.keys) != len(node.values) or not all(is_key(key) for key in node.keys):
+    kinds = set(map(type, node.keys))
+    are_keys = kinds <= LITERALS or all(map(is_key, node.keys))
+    if len(node.keys) != len(node.values) or not are_keys:
         raise FormatError(f"{path} has a dict whose keys cannot be the keys of its values")
-    texts = all(type(key) is str for key in node.keys)  # as in nearly all dicts, and quickly done
-    keys = node.keys if texts else _built_keys(node.keys, path)
+    keys = node.keys if kinds <= {str} else _built_keys(node.keys, path)
     if len(set(keys)) < len(keys):
         raise FormatError(f"{path} has a dict in which one key is there twice")
 

@@ -39,35 +39,35 @@ def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
         MismatchError: values contradict each other, or an object refused; nothing was changed.
         IntegrityError: stored bytes are damaged; nothing was changed.
     """
-    sorted_out = untangle(match.targets)
-    leaves = _leaves_to_make(checkpoint.leaves, match, sorted_out)
+    untangled = untangle(match.targets)
+    leaves = _leaves_to_make(checkpoint.leaves, match, untangled)
     new = NewLeaves(leaves)
-    fills = fills_of(sorted_out.free)
+    fills = fills_of(untangled.free)
     kept = _read(checkpoint, new, fills)
     bulk = new.values(torch.device("cpu"))
-    _refuse_contradictions(checkpoint, sorted_out, bulk)
+    _refuse_contradictions(checkpoint, untangled, bulk)
     values = [_built(edit.node, bulk) for edit in match.edits]
     states = [_built(each.node, bulk) for each in match.objects]
     _synchronize(match.targets)  # what is queued for them must not come after the new values
     load_objects(checkpoint.path, match, states, wish)
-    for target in itertools.chain.from_iterable(sorted_out.tangled):
+    for target in itertools.chain.from_iterable(untangled.tangled):
         put(target, value_of(target, bulk))
     if fills:
-        _fill(checkpoint, sorted_out.free, fills, kept)
+        _fill(checkpoint, untangled.free, fills, kept)
     _synchronize(match.targets)
     for edit, value in zip(match.edits, values, strict=True):
         edit.place.put(value)
     for each in match.tuples:
         each.put()
-    filled = [target.leaf for target in sorted_out.free if target.leaf is not None]
+    filled = [target.leaf for target in untangled.free if target.leaf is not None]
     return sum(leaf.nbytes for leaf in itertools.chain(filled, leaves))
 
 
-def _leaves_to_make(leaves: Sequence[Leaf], match: Match, sorted_out: Untangled) -> list[Leaf]:
+def _leaves_to_make(leaves: Sequence[Leaf], match: Match, untangled: Untangled) -> list[Leaf]:
     """Return the leaves that are not read into live values, by number."""
     nodes = [each.node for each in match.objects] + [edit.node for edit in match.edits]
     wanted = {i for node in nodes for i in bulk_indices(node)}
-    for target in itertools.chain.from_iterable(sorted_out.tangled):
+    for target in itertools.chain.from_iterable(untangled.tangled):
         if target.leaf is not None:
             wanted.add(target.leaf.index)
     return [leaves[i] for i in sorted(wanted)]
@@ -85,9 +85,9 @@ def _read(checkpoint: Checkpoint, new: NewLeaves, fills: Sequence[Fill]) -> dict
 
 
 def _refuse_contradictions(
-    checkpoint: Checkpoint, sorted_out: Untangled, bulk: Mapping[int, Any]
+    checkpoint: Checkpoint, untangled: Untangled, bulk: Mapping[int, Any]
 ) -> None:
-    groups = [group for group in sorted_out.tangled if len(group) > 1]
+    groups = [group for group in untangled.tangled if len(group) > 1]
     reasons = [why for group in groups for why in contradictions(group, bulk)]
     if reasons:
         raise MismatchError(f"{checkpoint.path} does not fit the state:", reasons)

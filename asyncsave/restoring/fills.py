@@ -7,6 +7,7 @@ the way there, from which `put` copies the elements.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,24 +80,26 @@ def _is_small(target: Target) -> bool:
 
 def _batches(small: list[Target]) -> list[list[Target]]:
     """Return small tensors in lists, in each those of one dtype whose leaves lie side by side."""
-    placed = [(leaf_of(target), target) for target in small]
-    placed.sort(key=lambda pair: (pair[0].rank, pair[0].start))
     batches: list[list[Target]] = []
     first = last = None
-    for leaf, target in placed:
-        if (
-            first is None
-            or last is None
-            or leaf.dtype is not last.dtype
-            or leaf.start != last.stop
-            or leaf.rank != last.rank
-            or last.stop - first.start >= BATCH_BYTES
-        ):
+    for target in sorted(small, key=operator.attrgetter("leaf.rank", "leaf.start")):
+        leaf = leaf_of(target)
+        if first is None or last is None or not _goes_on(first, last, leaf):
             batches.append([])
             first = leaf
         batches[-1].append(target)
         last = leaf
     return batches
+
+
+def _goes_on(first: Leaf, last: Leaf, leaf: Leaf) -> bool:
+    """Whether a leaf lies right behind those of a batch, which can be longer."""
+    return (
+        leaf.start == last.stop
+        and leaf.dtype is last.dtype
+        and leaf.rank == last.rank
+        and last.stop - first.start < BATCH_BYTES
+    )
 
 
 def _batch_fill(batch: list[Target]) -> Fill:

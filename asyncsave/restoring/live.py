@@ -20,7 +20,7 @@ from ..state.values import TORCH_DTYPES
 
 Bulk = Union[torch.Tensor, "np.ndarray[Any, Any]"]
 
-_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +54,11 @@ def kind_of(into: Bulk) -> str:
     return "numpy" if isinstance(into, np.ndarray) else "torch"
 
 
+def loads_itself(value: Any) -> bool:
+    """Whether a live value is an object that has ``load_state_dict``."""
+    return callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type)
+
+
 def refusal(into: Bulk) -> str | None:
     """Return why ``into`` cannot be filled in place, or None if it can."""
     if isinstance(into, np.ndarray):
@@ -66,7 +71,7 @@ def refusal(into: Bulk) -> str | None:
             "load_state_dict(…, assign=True)"
         )
     elif into.layout is not torch.strided or (
-        type(into) not in _PLAIN_TENSORS and is_traceable_wrapper_subclass(into)
+        type(into) not in PLAIN_TENSORS and is_traceable_wrapper_subclass(into)
     ):
         return (
             f"the tensor in the state is a {type(into).__name__} with layout {into.layout}, which "

@@ -24,7 +24,7 @@ from ..format.tree import (
 )
 from .fits import fit_leaf, fit_number, kind_of_node
 from .hints import hints
-from .live import Bulk, Target, can_cast, dtype_name, refusal
+from .live import PLAIN_TENSORS, Bulk, Target, can_cast, dtype_name, loads_itself, refusal
 from .match import Edit, Loading, Match, Place, TupleEdit, show
 from .modules import entries, fills_in_place, paired
 from .optimizers import optimizer_reasons
@@ -80,9 +80,12 @@ class _Matcher:
             name: its fqn.
             place: where it is, should it have to be replaced.
         """
+        if type(into) in PLAIN_TENSORS and type(node) is TensorNode:  # as most values are
+            self._bulk(into, node, name)
+            return
         if node is OMITTED:
             return
-        if callable(getattr(into, "load_state_dict", None)) and not isinstance(into, type):
+        if loads_itself(into):
             self._object(into, node.state if isinstance(node, ObjectNode) else node, name)
             return
         if isinstance(node, ObjectNode):

@@ -23,6 +23,7 @@ from ..format.tree import (
     children,
     key_name,
 )
+from .live import loads_itself
 
 _DICTS = (DictNode, OrderedDictNode)
 
@@ -153,7 +154,7 @@ def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
         part = part.state
     if name:
         return _put_below(node, live, name, part, where)
-    if _loads(live):
+    if loads_itself(live):
         flat = _flat(part, set(live.state_dict())) if isinstance(live, torch.nn.Module) else part
         return _merged(node, flat, where)
     if isinstance(live, dict) and live and isinstance(part, _DICTS):
@@ -163,7 +164,7 @@ def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
 
 def _put_below(node: Node, live: Any, name: str, part: Node, where: str) -> Node:
     """Do what `_put` does, for a name that is not that of ``live`` itself."""
-    live = live.state_dict() if _loads(live) else live
+    live = live.state_dict() if loads_itself(live) else live
     if not isinstance(live, dict):
         raise _nothing_called(where)
     labels = {str(key): key for key in live}
@@ -192,11 +193,6 @@ def _put_new(node: Node, labels: Collection[str], name: str, part: Node, where: 
 
 def _nothing_called(where: str) -> _RefusedError:
     return _RefusedError(f"the state has nothing called {where!r}")
-
-
-def _loads(live: Any) -> bool:
-    """Whether a live value is an object that loads by itself."""
-    return callable(getattr(live, "load_state_dict", None)) and not isinstance(live, type)
 
 
 def _distributed(node: Node, live: dict[Any, Any], part: Node, where: str) -> Node:

@@ -17,19 +17,18 @@ import msgspec
 import numpy as np
 
 from .fills import plain_bytes
-from .live import Bulk, Target
+from .live import Bulk, Target, is_dense
 from .match import show
 
 
 class _Span(msgspec.Struct, frozen=True, gc=False):
-    """Where a live value lies: byte addresses on its device, and in bytes how to step there."""
+    """Where a live value lies on its device: byte addresses, ``first`` is its first element's."""
 
     target: Target
     device: str
     low: int
     high: int
     first: int
-    strides: tuple[int, ...]
 
 
 class Untangled(msgspec.Struct, frozen=True):
@@ -85,23 +84,27 @@ def _span(target: Target) -> _Span | None:
     """Return where a value lies; None if it has no elements."""
     into = target.into
     if isinstance(into, np.ndarray):
-        if not into.size:
-            return None
-        first, strides, width, device = into.ctypes.data, into.strides, into.itemsize, "cpu"
+        first, nbytes, device = into.ctypes.data, into.nbytes, "cpu"
     else:
-        if not into.numel():
-            return None
-        width = into.element_size()
-        first, strides = into.data_ptr(), tuple(step * width for step in into.stride())
+        first, nbytes = into.data_ptr(), into.nbytes
         device = "cpu" if into.is_cpu else str(into.device)
-    low = first
-    high = first + width
-    for size, step in zip(into.shape, strides, strict=True):
+    if not nbytes:
+        return None
+    if is_dense(into):
+        return _Span(target, device, first, first + nbytes, first)
+    low, high = first, first + into.itemsize
+    for size, step in zip(into.shape, _byte_strides(into), strict=True):
         if step < 0:
             low += (size - 1) * step
         else:
             high += (size - 1) * step
-    return _Span(target, device, low, high, first, strides)
+    return _Span(target, device, low, high, first)
+
+
+def _byte_strides(into: Bulk) -> tuple[int, ...]:
+    if isinstance(into, np.ndarray):
+        return into.strides
+    return tuple(step * into.itemsize for step in into.stride())
 
 
 def _tie(span: _Span) -> Any:
@@ -115,7 +118,7 @@ def _tie(span: _Span) -> Any:
         # one distance from each byte in memory to its address in the checkpoint
         return leaf.rank, leaf.start - span.first
     saved = None if strides is None else tuple(strides)
-    here = span.first, span.strides, tuple(into.shape), into.dtype, lazy, target.cast
+    here = span.first, _byte_strides(into), tuple(into.shape), into.dtype, lazy, target.cast
     return leaf.rank, leaf.start, saved, *here
 
 
@@ -168,9 +171,8 @@ def value_of(target: Target, values: Mapping[int, Any]) -> Any:
 def _seen(memory: Any, span: _Span, low: int) -> Any:
     """Return the elements of a live value in an image of its memory, byte by byte."""
     into = span.target.into
-    width = into.itemsize if isinstance(into, np.ndarray) else into.element_size()
     unit = memory.itemsize
-    strides = (*(step * unit for step in span.strides), unit)
+    strides = (*(step * unit for step in _byte_strides(into)), unit)
     return np.ndarray(
-        (*into.shape, width), memory.dtype, memory.data, (span.first - low) * unit, strides
+        (*into.shape, into.itemsize), memory.dtype, memory.data, (span.first - low) * unit, strides
     )
