@@ -224,6 +224,12 @@ def test_more_dimensions_than_a_checkpoint_has(tmp_path: Path) -> None:
         asyncsave.save({"b": torch.ones((1,) * 65)}, tmp_path / "b")
 
 
+def test_an_empty_tensor_that_torch_has_by_expand_alone(tmp_path: Path) -> None:
+    shape = (0, 2**61, 2**61)
+    asyncsave.save({"a": torch.empty(0, 1, 1).expand(shape)}, tmp_path / "a").result()
+    assert asyncsave.load(tmp_path / "a")["a"].shape == shape
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_nested_tensors_are_refused(tmp_path: Path) -> None:
     value = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])

@@ -14,12 +14,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 import asyncsave
 from asyncsave.format.dtypes import DTYPES
+from asyncsave.format.leaf import Leaf
+from asyncsave.reading.checkpoint import Checkpoint
+from asyncsave.reading.groups import grouped
+from asyncsave.storage.place import place_of
 from tests import numpy_reader
 from tests.make_golden import (
     CHECKPOINTS,
@@ -356,6 +361,52 @@ def test_what_is_newer_is_told_from_damage(tmp_path: Path, change: Any) -> None:
     rewrite(tmp_path / "a", change, lambda record: record)
     with pytest.raises(asyncsave.UnsupportedVersionError):
         asyncsave.load(tmp_path / "a")
+
+
+# -- what validation knows --------------------------------------------------------------------
+
+
+def leaves(path: Path) -> dict[str, Leaf]:
+    with Checkpoint.open(place_of(path)) as checkpoint:
+        assert [leaf.index for leaf in checkpoint.leaves] == list(range(len(checkpoint.leaves)))
+        return {leaf.name: leaf for leaf in checkpoint.leaves}
+
+
+def test_a_leaf_says_all_of_a_value(tmp_path: Path) -> None:
+    base = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    state = {
+        "base": torch.nn.Parameter(base, requires_grad=False),
+        "turned": base.t()[1:],
+        "array": np.zeros((2, 2), ">i4"),
+        "text": np.array(["ab", "c"]),
+        "long": bytes(300),
+        "empty": torch.ones(0, 3),
+        "one": torch.tensor(1.0, requires_grad=True),
+    }
+    asyncsave.save(state, tmp_path / "a").result()
+    found = leaves(tmp_path / "a")
+    whole, turned = found["base"], found["turned"]
+    assert (whole.kind, whole.dtype, whole.shape) == ("torch", DTYPES["bfloat16"], [2, 3])
+    assert (whole.strides, whole.nbytes, whole.parameter) == (None, 12, True)
+    assert (turned.shape, turned.strides, turned.parameter) == ([2, 2], [1, 3], False)
+    assert (turned.start - whole.start, turned.stop) == (2, whole.stop)
+    array, text = found["array"], found["text"]
+    assert (array.kind, array.dtype.name, array.nbytes) == ("numpy", ">i4", 16)
+    assert (text.dtype.numpy, text.dtype.nbytes, text.nbytes) == ("<U2", 8, 16)
+    long = found["long"]
+    assert (long.kind, long.dtype.name, long.nbytes) == ("bytes", "uint8", 300)
+    assert (found["empty"].start, found["empty"].nbytes) == (found["empty"].stop, 0)
+    assert found["one"].requires_grad
+    assert {leaf.rank for leaf in found.values()} == {0}
+
+
+def test_leaves_of_two_ranks_have_addresses_of_their_own(tmp_path: Path) -> None:
+    asyncsave.save({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "a").result()
+    (a, b) = leaves(tmp_path / "a").values()
+    elsewhere = msgspec.structs.replace(a, rank=1, start=0, stop=32)
+    first, second, third = grouped([elsewhere, a, b])
+    assert [group.members for group in (first, second, third)] == [(a,), (b,), (elsewhere,)]
+    assert (third.rank, third.start, third.stop) == (1, 0, 32)
 
 
 # -- what was written once --------------------------------------------------------------------

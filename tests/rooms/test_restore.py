@@ -197,6 +197,28 @@ MISMATCHES: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+def test_what_is_changed_inside_a_tuple_does_not_replace_it(tmp_path: Path) -> None:
+    inner = ({"step": 1}, [1, 2])
+    state = (inner, torch.ones(2))
+    put(state, tmp_path / "a")
+    inner[0]["step"], inner[1][:] = 0, []  # type: ignore[index]
+    state[1].zero_()
+    asyncsave.restore(tmp_path / "a", state)
+    assert state[0] is inner
+    assert inner == ({"step": 1}, [1, 2])
+    assert state[1].tolist() == [1, 1]
+
+
+def test_nested_tuples_are_made_anew_from_the_inside(tmp_path: Path) -> None:
+    put({"a": (1, (2, torch.ones(1)), ({"n": 3}, torch.ones(1)))}, tmp_path / "a")
+    tensor, untouched = torch.zeros(1), ({"n": 0}, torch.zeros(1))
+    mine = {"a": (0, (0, tensor), untouched)}
+    asyncsave.restore(tmp_path / "a", mine)
+    assert mine["a"][:2] == (1, (2, tensor))
+    assert mine["a"][2] is untouched
+    assert untouched == ({"n": 3}, torch.ones(1))
+
+
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_a_mismatch_is_listed_and_changes_nothing(tmp_path: Path, case: str) -> None:
     saved, into, says = MISMATCHES[case]
