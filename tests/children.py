@@ -55,7 +55,7 @@ class Child:
         """Read both streams to their end, and wait for the child's."""
         streams = {self.stdout.fileno(): b"", self.stderr.fileno(): b""}
         deadline, order = time.monotonic() + timeout, list(streams)
-        while streams.keys() and order:
+        while order:
             ready, _, _ = select.select(order, [], [], max(0, deadline - time.monotonic()))
             if not ready:
                 self._give_up(timeout)
@@ -94,6 +94,8 @@ class Child:
 
     def _give_up(self, timeout: float) -> None:
         self.kill()
+        self.wait()
+        self.close()
         raise TimeoutError(f"the child did not end within {timeout} seconds")
 
 
