@@ -141,7 +141,7 @@ class Draft:
         Raises:
             WriteError: not committed.
             CheckpointExistsError: not committed; something came to be at the target meanwhile.
-            CommitError: renamed, but the parent directory could not be synced.
+            CommitError: renamed, and what comes after that has failed.
         """
         await self._call(self._publish, record, replace)
 
@@ -158,15 +158,16 @@ class Draft:
             self._scratch.place.sync()  # DURABILITY: all entries before the rename
         old = _rename(self._scratch.place, self.target, replace=replace)  # COMMIT POINT
         self.published = True
-        self._scratch.unlock()
-        if self._durable:
-            try:
+        try:
+            self._scratch.unlock()
+            if self._durable:
                 self.target.parent.sync()  # DURABILITY: the rename itself
-            except WriteError as cause:
-                raise CommitError(
-                    f"{self.target} is in place, but its name may not be on disk: {cause}. It can "
-                    "be loaded now; whether it would survive a power cut is not known"
-                ) from cause
+        except Exception as cause:  # whatever it is, it must not be told as "not committed"
+            why = str(cause) or repr(cause)
+            raise CommitError(
+                f"{self.target} is in place, but its name may not be on disk: {why}. It can be "
+                "loaded now; whether it would survive a power cut is not known"
+            ) from cause
         if old is not None:
             with contextlib.suppress(WriteError):  # a leftover, which the next sweep takes
                 old.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import gc
 import itertools
 import os
@@ -226,6 +227,24 @@ def test_descriptors_that_run_short(tmp_path: Path) -> None:
     lines = ended.stdout.splitlines()
     assert lines[-1] == "15 []"
     assert "SaveError" in ended.stdout, "the event loop had none"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_what_fails_after_the_rename_is_not_called_uncommitted(
+    tmp_path: Path, error: Exception
+) -> None:
+    renamed: list[Path] = []
+
+    def ask(what: str, path: Path) -> None:
+        if what == "rename":
+            renamed.append(path)
+        if what == "sync_directory" and renamed:
+            raise error
+
+    saved = asyncsave.save({"w": torch.ones(1000)}, AskingDisk(ask).at(tmp_path / "a"))
+    with pytest.raises(asyncsave.CommitError, match="is in place, but"):
+        saved.result()
+    assert asyncsave.load(tmp_path / "a")["w"].sum() == 1000
 
 
 # -- programs -------------------------------------------------------------------------------------
