@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ..codec.compression import Compression
 from ..codec.frame import coding_for
@@ -27,8 +26,8 @@ from .budget import Memory
 from .choose import LEAST_WRITES, PROBE_BYTES, Chooser, Pick
 from .ordered import Ordered
 from .save import Save, Snapshot
+from .workers import call
 
-_T = TypeVar("_T")
 # Chunks in a group. Measured: beside a loop of pure Python, 1.02 GB took 0.94 s and cost the loop
 # 0.05 s; one by one, it was 1.57 s and 0.15 s.
 GROUP_CHUNKS = 4
@@ -70,6 +69,7 @@ class Encoding:
     """Makes frames. `feed` runs in the event loop, all else in the encoders' threads.
 
     Args:
+        chooser: says what is done with each chunk.
         encoders: threads for digests and encoders.
         io: two threads, one of which is free to wait in.
     """
@@ -85,9 +85,9 @@ class Encoding:
     ) -> None:
         self._memory = memory
         self._byte_planes = compression is None or compression.byte_planes
-        self._chooser = chooser
-        self._encoders = encoders
-        self._io = io
+        self.chooser = chooser
+        self.encoders = encoders
+        self.io = io
 
     def frames(self, save: Save) -> Frames:
         """Return what the frames of a save go through.
@@ -95,7 +95,7 @@ class Encoding:
         Where all is encoded, there are as many on their way as there are buffers for them; where
         that depends on what earlier ones took, two until the disk is known.
         """
-        if self._chooser.adapts:
+        if self.chooser.adapts:
             return Ordered(LEAST_WRITES)
         if self._memory.frames is not None:
             return Ordered(self._memory.frames.count)
@@ -103,7 +103,7 @@ class Encoding:
 
     def disk_is_known(self, frames: Frames) -> None:
         """Let more be on their way: enough was written for the chooser."""
-        if self._chooser.adapts:
+        if self.chooser.adapts:
             frames.widen(2 * GROUP_CHUNKS)
 
     async def feed(self, save: Save, frames: Frames) -> None:
@@ -117,18 +117,6 @@ class Encoding:
             await _Feed(self, save, frames).run()
         finally:
             frames.end()
-
-    def submit(self, function: Callable[..., _T], *args: object) -> asyncio.Future[_T]:
-        """Let an encoder's thread do something."""
-        return asyncio.get_running_loop().run_in_executor(self._encoders, function, *args)
-
-    async def blocking(self, function: Callable[..., _T], *args: object) -> _T:
-        """Let a thread wait for something."""
-        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
-
-    def pick(self) -> Pick:
-        """Return what is done with the next chunk."""
-        return self._chooser.pick()
 
     def frame_slot(self, save: Save, *, wait: bool = True) -> Slot | None:
         """Return where a chunk can be encoded to; None if there is no such place now."""
@@ -174,7 +162,7 @@ class Encoding:
             coding, parts = encoder.encode(staged.slot.array[:nbytes], coding, into.array)
         finally:
             self._memory.encoders.put(encoder)
-        self._chooser.encoded(nbytes, sum(parts), time.perf_counter() - begun)
+        self.chooser.encoded(nbytes, sum(parts), time.perf_counter() - begun)
         return coding, parts
 
     def _raw_frame(self, staged: Staged, known_digest: str = "") -> Frame:
@@ -202,7 +190,7 @@ class _Feed:
                 self._flush()
                 save.watchdog.feeding("waiting for the chunks before it")
             await self._frames.reserve()
-            pick = self._encoding.pick()
+            pick = self._encoding.chooser.pick()
             if pick is Pick.RAW:
                 self._group.append(staged)
             else:
@@ -241,7 +229,7 @@ class _Feed:
         if not staged.event.query():
             self._flush()
             self._save.watchdog.feeding(Snapshot.QUEUED.value)
-            await self._encoding.blocking(staged.event.synchronize)
+            await call(self._encoding.io, staged.event.synchronize)
         if staged.late is not None:
             staged.late.settle(staged.chunk.index)
 
@@ -252,16 +240,17 @@ class _Feed:
         save.watchdog.feeding("waiting for memory to encode into")
         into = encoding.frame_slot(save, wait=False)
         if into is None:
-            into = await encoding.blocking(encoding.frame_slot, save)
+            into = await call(encoding.io, encoding.frame_slot, save)
         if into is None:
             return  # the save has failed; go on to the end of the queue
         make = encoding.probe if probe else encoding.encode
-        self._frames.put(encoding.submit(make, staged, into))
+        self._frames.put(call(encoding.encoders, make, staged, into))
 
     def _flush(self) -> None:
         """Let what is stored as it is be on its way: before whatever waits, and in order."""
         if self._group:
-            self._frames.put(self._encoding.submit(self._encoding.digest_group, self._group))
+            encoding = self._encoding
+            self._frames.put(call(encoding.encoders, encoding.digest_group, self._group))
             self._group = []
 
 

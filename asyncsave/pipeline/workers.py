@@ -7,6 +7,7 @@ live until their owner closes them; the exit handler (handle.py) sees to that.
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
@@ -15,6 +16,11 @@ from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def call(workers: Executor, function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+    """Let a thread do something; await it in the event loop."""
+    return asyncio.get_running_loop().run_in_executor(workers, function, *args)
 
 
 class Workers(Executor):

@@ -16,9 +16,8 @@ import contextlib
 import datetime
 import logging
 import platform
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Any, TypeVar
 
 import torch
 
@@ -35,9 +34,9 @@ from .budget import Memory, encoder_threads
 from .choose import LEAST_WRITES, Chooser
 from .encode import Encoding, Frame, Frames
 from .save import Save, State
+from .workers import call
 
 _log = logging.getLogger("asyncsave")
-_T = TypeVar("_T")
 
 
 class Writing:
@@ -74,7 +73,7 @@ class Writing:
             stored_bytes = await self._write(save)
             # durable: what fails from here on is told, and is no failure of the save
             try:
-                report = await self._call(save.report, stored_bytes, self._memory.nbytes)
+                report = await call(self._io, save.report, stored_bytes, self._memory.nbytes)
                 _log.info("%s", report)
                 return report
             finally:
@@ -107,7 +106,7 @@ class Writing:
                 if len(save.chunks) >= LEAST_WRITES:
                     self._encoding.disk_is_known(frames)
         save.to(State.SEALING)
-        rank_manifest, record = await self._call(self._manifests, save, draft.nbytes)
+        rank_manifest, record = await call(self._io, self._manifests, save, draft.nbytes)
         await draft.seal(rank_manifest)
         self._chooser.synced(draft.nbytes, draft.sync_seconds)
         save.to(State.PUBLISHING)
@@ -165,10 +164,10 @@ class Writing:
 
     async def _settle(self, save: Save) -> None:
         """Wait until nobody touches the slots of a failed save any more, and take them back."""
-        await self._call(_wait_left, save)
+        await call(self._io, _wait_left, save)
         try:
             if self._snapshotter.transport is not None:
-                await self._call(self._snapshotter.transport.drain)
+                await call(self._io, self._snapshotter.transport.drain)
         except RuntimeError as error:
             _log.debug("waiting for copies of a save that has failed: %s", error)
         finally:
@@ -179,12 +178,9 @@ class Writing:
 
     async def _tidy_up(self, save: Save) -> None:
         try:
-            await self._call(save.target.then)
+            await call(self._io, save.target.then)
         except Exception:
             _log.exception("%s is durable, but tidying up after it failed", save.target.place)
-
-    async def _call(self, function: Callable[..., _T], *args: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
 
     def _manifests(self, save: Save, data_bytes: int) -> tuple[bytes, bytes]:
         """Return the rank manifest and ``checkpoint.json``."""
