@@ -85,6 +85,7 @@ class Saver(Session):
             if hasattr(self, "_pipeline"):
                 self._pipeline.close()
             raise
+        self._parent: Place | None = None  # of the last target; its name is on the disk
 
     def save(
         self,
@@ -128,7 +129,8 @@ class Saver(Session):
             _check_name(where, number)
             self._saves.await_current()
             self._saves.raise_unseen()
-            lineage = _prepare(where, overwrite=overwrite)
+            lineage = _prepare(where, overwrite=overwrite, made=self._parent)
+            self._parent = where.parent
             target = Target(where, number, lineage, overwrite, numbers, plain)
             return self._saves.begin(state, target, began)
 
@@ -189,8 +191,11 @@ def _check_name(target: Place, step: int | None) -> None:
         )
 
 
-def _prepare(target: Place, *, overwrite: bool) -> Lineage:
+def _prepare(target: Place, *, overwrite: bool, made: Place | None = None) -> Lineage:
     """Make the parent, sweep what dead writers left for this target, and check it.
+
+    Args:
+        made: a parent that was made, or found, and synced before: that may take long.
 
     Returns:
         The place in a run of what is overwritten; a new one has none.
@@ -198,7 +203,8 @@ def _prepare(target: Place, *, overwrite: bool) -> Lineage:
     Raises:
         CheckpointExistsError, ConfigError, WriteError: it cannot be.
     """
-    target.parent.make_directories()
+    if target.parent != made or not made.exists():
+        target.parent.make_directories()
     with looking(target.path):
         sweep(target.parent, target.name)
         _check_target(target, overwrite=overwrite)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
-import logging
 import queue
 import selectors
 import socket
@@ -25,13 +24,12 @@ from ..codec.compression import Compression
 from ..errors import AsyncSaveError, ClosedError, SaveError
 from ..snapshot.snapshotter import Snapshotter
 from .budget import Memory, encoder_threads
-from .handle import closed, finish_at_exit
+from .handle import closed, finish_at_exit, log_exception
 from .moment import Moment
 from .save import Save, State
 from .workers import Workers
 from .write import Writing
 
-_log = logging.getLogger("asyncsave")
 _IO_THREADS = 2
 
 
@@ -96,7 +94,7 @@ class Background:
     @property
     def is_caller(self) -> bool:
         """Whether the caller is the event loop's thread: a done callback, which must not wait."""
-        return self._thread is not None and threading.get_ident() == self._thread.ident
+        return threading.current_thread() is self._thread
 
     def wake(self, save: Save) -> None:
         """Let it look at once what has been staged, or whether the stager has left."""
@@ -203,7 +201,7 @@ class Background:
             try:
                 each()
             except Exception:
-                _log.exception("tidying up after the last save failed")
+                log_exception("tidying up after the last save failed")
         closed(self)  # last: at exit, what is open is waited for before errors are looked at
         self._ended.set()
 

@@ -1,7 +1,7 @@
 """Budget: how a limit is divided among slots, frames and encoders, and what holds them.
 
-Who calls what: the training thread fits and closes, when no save is in flight; the arenas and the
-queue of encoders are for everybody.
+Who calls what: who saves fits, when no save is in flight; the background closes, at its end; the
+arenas and the queue of encoders are for everybody.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import queue
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -208,26 +208,26 @@ class Memory:
         """Those there are."""
         return [arena for arena in (self.slots, self.frames) if arena is not None]
 
-    def fit(self, groups: tuple[int, ...], *, pin: bool) -> bool:
+    def fit(self, groups: tuple[int, ...], *, pin: bool, let_go: Callable[[], None]) -> None:
         """Make all fit a layout whose groups have these lengths; what is there stays, if it does.
 
-        Returns:
-            Whether slots were replaced.
+        Args:
+            let_go: called before slots are replaced, for whoever keeps views of them.
 
         Raises:
             ConfigError: the limit is too small for this state.
             StagingError: there is not as much memory as the limit allows. Nothing is held then.
         """
         if (groups, pin) == self._fitted:
-            return False
+            return
         budget = divide(self._limit, groups, self._compression, self.nbytes)
-        replace = (
+        if (
             self._fitted is None
             or self._fitted[1] != pin
             or self.budget is None
             or not budget.fits_in(self.budget)
-        )
-        if replace:
+        ):
+            let_go()
             self.close()
             try:
                 self._take(budget, pin=pin)
@@ -239,7 +239,6 @@ class Memory:
                     "memory_limit, or raise what limits the process (ulimit -v, ulimit -d)"
                 ) from cause
         self._fitted = groups, pin
-        return replace
 
     def _take(self, budget: Budget, *, pin: bool) -> None:
         self.budget = budget

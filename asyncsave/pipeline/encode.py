@@ -66,7 +66,8 @@ Frames = Ordered[Sequence[Frame]]
 
 
 class Encoding:
-    """Makes frames. `feed` runs in the event loop, all else in the encoders' threads.
+    """Makes frames. `digest_group`, `encode` and `probe` run in the encoders' threads, `frame_slot`
+    in an io thread where it waits, all else in the event loop.
 
     Args:
         chooser: says what is done with each chunk.

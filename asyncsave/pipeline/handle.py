@@ -93,7 +93,8 @@ class SaveHandle:
     def add_done_callback(self, callback: Callable[[SaveHandle], object]) -> None:
         """Call ``callback(handle)`` when the save has ended, at once if it has.
 
-        It is called in a thread of asyncsave. What it raises is logged.
+        It is called in a thread of asyncsave; in this one, if the save has ended. What it raises is
+        logged.
         """
         self._callbacks.append(callback)
         if self._ended.is_set():
@@ -148,7 +149,7 @@ class SaveHandle:
             try:
                 callback(self)
             except BaseException:  # SystemExit, too, would end the background
-                _log.exception("a done callback of %r raised", self)
+                log_exception("a done callback of %r raised", self)
 
     def _wait_ended(self, timeout: float | None = None) -> bool:
         """Wait until the save has ended, well or badly, without looking; return whether it has."""
@@ -157,6 +158,12 @@ class SaveHandle:
     def _peek(self) -> SaveReport | None:
         """Return the report of a save that has ended; None if it failed."""
         return self._report
+
+
+def log_exception(message: str, *args: object) -> None:
+    """Log an exception that was caught. The background lives on, whatever the logging does."""
+    with contextlib.suppress(Exception):  # a filter or a handler of the user's
+        _log.exception(message, *args)
 
 
 class _Closable(Protocol):

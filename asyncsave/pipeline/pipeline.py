@@ -40,7 +40,8 @@ from .watchdog import STALL_WARNING_SECONDS, Watchdog
 
 
 class Pipeline:
-    """The threads and the memory that saves need. Owned by a Checkpointer, or by one ``save``.
+    """The threads and the memory that saves need. Owned by a Saver, which may be a
+    Checkpointer's, or by one ``save``.
 
     `save`, `prewarm` and `close` are called by one thread at a time. One that is dropped ends its
     threads once its last save has ended.
@@ -191,11 +192,10 @@ class Pipeline:
         layout = layouts.of(flat)
         pin = flat.on_device and transport is not None and transport.pinned
         try:
-            replaced = self._memory.fit(tuple(group.nbytes for group in layout.groups), pin=pin)
+            groups = tuple(group.nbytes for group in layout.groups)
+            self._memory.fit(groups, pin=pin, let_go=self._snapshotter.forget)
         except (OSError, MemoryError) as cause:  # how much there is could not even be looked up
             raise SaveError(f"cannot take the memory that this save needs: {cause}") from cause
-        if replaced:
-            self._snapshotter.forget()
         plan, chunk_bytes = self._plan, self._memory.chunk_bytes
         if plan is None or plan.layout is not layout or plan.chunk_bytes != chunk_bytes:
             plan = self._plan = Plan.cut(layout, chunk_bytes)

@@ -74,7 +74,8 @@ class Writing:
             # durable: what fails from here on is told, and is no failure of the save
             try:
                 report = await call(self._io, save.report, stored_bytes, self._memory.nbytes)
-                _log.info("%s", report)
+                with contextlib.suppress(Exception):  # of a user's filter or handler
+                    _log.info("%s", report)
                 return report
             finally:
                 await self._tidy_up(save)

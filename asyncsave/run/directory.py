@@ -84,10 +84,10 @@ class RunDirectory:
                 else:
                     sweep(place)
                 self._found: History | None = self.history()  # None: the run has begun here
+            self._top = self._found.top  # the highest serial that was given out
         except BaseException:
             self.close()
             raise
-        self._top = self._found.top  # the highest serial that was given out
 
     def close(self) -> None:
         """Let go of the directory."""

@@ -5,8 +5,8 @@ fresh memory at the page fault's, five times slower. Slots are pages of one priv
 mapping, so they satisfy O_DIRECT (4096-byte alignment) and, registered with CUDA, asynchronous
 copies too.
 
-Who calls what: any thread may `acquire` and `release`. Growing and closing belong to the pipeline,
-when no slot is out.
+Who calls what: any thread may `acquire` and `release`. Closing belongs to the pipeline, when
+no slot is out.
 """
 
 from __future__ import annotations

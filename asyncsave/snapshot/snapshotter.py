@@ -1,8 +1,8 @@
 """Snapshotter: copies the bytes of one chunk from live memory into a slot.
 
-Everything here runs in the training thread and is what a save costs it, so it is arranged around
-few calls into torch per chunk: destinations are views of slots, made once and kept as long as the
-plan holds, and torch's own threads do the copying without the GIL.
+All but the last `forget` runs in the training thread and is what a save costs it, so it is arranged
+around few calls into torch per chunk: destinations are views of slots, made once and kept as long
+as the plan holds, and torch's own threads do the copying without the GIL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Bound:
 
 
 class Snapshotter:
-    """Copies chunks into slots; used by the training thread.
+    """Copies chunks into slots, in the thread that saves. At its end the background calls `forget`.
 
     Args:
         transport: how device tensors are copied; None where there is no such device.

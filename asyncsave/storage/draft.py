@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import time
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Self, TypeVar
 
-from ..errors import CheckpointExistsError, CommitError, WriteError
+from ..errors import BusyError, CheckpointExistsError, CommitError, WriteError, looking
 from ..format.files import CHECKPOINT_FILE, data_file, rank_file
 from .disk import Lock
 from .files import NewFile
@@ -36,6 +37,9 @@ _T = TypeVar("_T")
 
 REPLACED = ".replaced"
 """Ends the hidden name of a checkpoint whose place another is about to take; see `_rename`."""
+
+_TRIES = 5
+"""How many names are tried: before it is locked, a sweep may take one for a dead writer's."""
 
 
 def hidden(target: Place) -> Place:
@@ -51,14 +55,28 @@ class Scratch:
     """
 
     def __init__(self, target: Place) -> None:
-        self.place = hidden(target)
-        self.place.create_directory()
-        try:
-            self.lock: Lock | None = self.place.lock()
-        except BaseException:
-            self.lock = None
-            self.remove()
-            raise
+        for _ in range(_TRIES):
+            self.place = hidden(target)
+            self.place.create_directory()
+            self.lock: Lock | None = None
+            try:
+                self.lock = self.place.lock()
+                with looking(self.place.path):
+                    if self.place.is_directory():
+                        return
+            except BusyError:
+                continue  # the sweep that holds it removes it
+            except BaseException as error:
+                if isinstance(error, WriteError) and error.errno == errno.ENOENT:
+                    continue  # it was removed
+                self.remove()
+                raise
+            self.unlock()
+        raise WriteError(
+            f"cannot create {self.place}: others lock or remove it, again and again",
+            path=self.place.path,
+            errno=None,
+        )
 
     def unlock(self) -> None:
         """Let go of it: it has its name."""
@@ -95,6 +113,7 @@ class Draft:
         self._durable = durable
         self._io = io
         self._scratch: Scratch | None = None
+        self._was_there = False  # whether something was at the target when this began
         self._file: NewFile | None = None
 
     async def __aenter__(self) -> Self:
@@ -103,6 +122,8 @@ class Draft:
         Raises:
             WriteError: they cannot be made; nothing is left of them.
         """
+        with looking(self.target.path):
+            self._was_there = await self._call(self.target.exists)
         self._scratch = await self._call(Scratch, self.target)
         try:
             self._file = await (self._scratch.place / data_file(0)).create(self._io)
@@ -140,7 +161,8 @@ class Draft:
 
         Raises:
             WriteError: not committed.
-            CheckpointExistsError: not committed; something came to be at the target meanwhile.
+            CheckpointExistsError: not committed; something came to be at the target meanwhile, and
+                is not to be replaced, or is no checkpoint.
             CommitError: renamed, and what comes after that has failed.
         """
         await self._call(self._publish, record, replace)
@@ -156,7 +178,7 @@ class Draft:
         self._write(CHECKPOINT_FILE, record)
         if self._durable:
             self._scratch.place.sync()  # DURABILITY: all entries before the rename
-        old = _rename(self._scratch.place, self.target, replace=replace)  # COMMIT POINT
+        old = self._rename(self._scratch.place, replace)  # COMMIT POINT
         self.published = True
         try:
             self._scratch.unlock()
@@ -169,8 +191,35 @@ class Draft:
                 "loaded now; whether it would survive a power cut is not known"
             ) from cause
         if old is not None:
-            with contextlib.suppress(WriteError):  # a leftover, which the next sweep takes
-                old.remove()
+            _discard(old, self.target)
+
+    def _rename(self, scratch: Place, replace: bool) -> Place | None:
+        """Put the scratch in place; return the hidden name of what it replaced, if anything."""
+        target = self.target
+        try:
+            scratch.rename(target)
+            return None
+        except WriteError as cause:
+            with looking(target.path):
+                if not target.exists():
+                    raise
+                # what was there when this began was looked at then
+                known = self._was_there or (target / CHECKPOINT_FILE).exists()
+            if not (replace and known):
+                raise CheckpointExistsError(
+                    f"{target} came to be while it was being saved; it was left as it is"
+                ) from cause
+        if scratch.exchange(target):
+            return scratch
+        # no atomic swap: for a moment neither is there by name, and a sweep puts the old one back
+        old = target.parent / f"{hidden(target).name}{REPLACED}"
+        target.rename(old)
+        try:
+            scratch.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        return old
 
     async def _undo(self) -> None:
         file, self._file = self._file, None
@@ -184,26 +233,11 @@ class Draft:
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
 
 
-def _rename(scratch: Place, target: Place, *, replace: bool) -> Place | None:
-    """Put the scratch in place; return the hidden name of what it replaced, if anything."""
-    try:
-        scratch.rename(target)
-        return None
-    except WriteError as cause:
-        if not target.exists():
-            raise
-        if not replace:
-            raise CheckpointExistsError(
-                f"{target} came to be while it was being saved; it was left as it is"
-            ) from cause
-    if scratch.exchange(target):
-        return scratch
-    # no atomic swap here: for a moment neither is there by name, and a sweep puts the old one back
-    old = target.parent / f"{hidden(target).name}{REPLACED}"
-    target.rename(old)
-    try:
-        scratch.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    return old
+def _discard(old: Place, target: Place) -> None:
+    """Remove what was replaced; what cannot be removed is left for a sweep."""
+    with contextlib.suppress(WriteError):
+        if old.name.endswith(REPLACED):  # by that name it would come back, should the new one go
+            name = hidden(target)
+            old.rename(name)
+            old = name
+        old.remove()

@@ -176,7 +176,7 @@ class Place:
 def place_of(path: PathLike) -> Place:
     """Return the place that ``path`` says: with ``~`` expanded, and absolute; a Place as it is.
 
-    Pure: it looks at nothing.
+    It looks at nothing but the names of the current directory and the home.
 
     Raises:
         ConfigError: it is a URL, or no path at all.
@@ -202,3 +202,7 @@ def place_of(path: PathLike) -> Place:
         return Place(Path(os.path.abspath(Path(text).expanduser())))
     except RuntimeError as cause:
         raise ConfigError(f"{text!r:.200}: there is no such home directory") from cause
+    except OSError as cause:
+        raise ConfigError(
+            f"{text!r:.200} is a path from the current directory, which is gone: give a whole one"
+        ) from cause

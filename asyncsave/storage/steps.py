@@ -129,9 +129,14 @@ def sweep(directory: Place, name: str | None = None) -> list[Place]:
 
 
 def _take(place: Place, target: Place, *, was_replaced: bool) -> bool:
-    """Remove a leftover, and return True; or give it its name back, if nothing took its place."""
-    if was_replaced and not target.exists():
-        place.rename(target)
+    """Remove a leftover, and return True; or give it its name back, if nothing took its place.
+
+    Raises:
+        WriteError: that cannot be done: what is no checkpoint stands there, say.
+    """
+    whole = was_replaced and (place / CHECKPOINT_FILE).exists()
+    if whole and not (target / CHECKPOINT_FILE).exists():
+        place.rename(target)  # also over an empty directory
         target.parent.sync()
         _log.info("%s was to be replaced by a save that was cut off; it is back", target)
         return False

@@ -558,6 +558,15 @@ def test_a_url_is_no_path(path: Any) -> None:
         place_of(path)
 
 
+def test_from_a_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(asyncsave.ConfigError, match="current directory, which is gone"):
+        place_of("a")
+    assert place_of("/a").path == Path("/a")
+
+
 def test_a_home_that_nobody_has() -> None:
     with pytest.raises(asyncsave.ConfigError, match="no such home"):
         place_of("~nobody-of-this-name/a")

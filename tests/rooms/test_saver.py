@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import mmap
+import os
+import shutil
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ import torch
 import asyncsave
 from asyncsave import Saver
 from asyncsave.pages import PAGE_BYTES
-from tests.doubles.disks import AskingDisk
+from tests import children
+from tests.doubles.disks import AskingDisk, NoExchangeDisk
 from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.support import assert_same, eventually
 
@@ -104,6 +110,199 @@ def test_what_is_there_is_not_replaced_but_on_demand(tmp_path: Path) -> None:
             saver.save(state_of(2), tmp_path / "mine", overwrite=True)
     assert_same(asyncsave.load(tmp_path / "a"), state_of(3))
     assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_be_meanwhile_and_is_no_checkpoint_stays(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    path = tmp_path / "a"
+
+    def ask(what: str, name: Path) -> None:
+        if what == "write_file" and name.name == "checkpoint.json":
+            path.mkdir()
+            (path / "thesis").write_text("precious")
+
+    handle = asyncsave.save(state_of(1), AskingDisk(ask).at(path), overwrite=overwrite)
+    assert isinstance(handle.exception(), asyncsave.CheckpointExistsError)
+    assert os.listdir(tmp_path) == ["a"]
+    assert (path / "thesis").read_text() == "precious"
+
+
+def test_a_checkpoint_that_comes_to_be_meanwhile_is_overwritten_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+
+    def ask(what: str, name: Path) -> None:
+        if what == "write_file" and name.name == "checkpoint.json":
+            asyncsave.save(state_of(2), path).result()
+
+    asyncsave.save(state_of(1), AskingDisk(ask).at(path), overwrite=True).result()
+    assert_same(asyncsave.load(path), state_of(1))
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_was_to_be_replaced_comes_back_over_an_empty_directory_alone(tmp_path: Path) -> None:
+    """Killed where there is no atomic swap, between the two renames."""
+    path, old = tmp_path / "best", tmp_path / ".best.0123456789abcdef.replaced"
+    asyncsave.save(state_of(1), path).result()
+    path.rename(old)
+    path.mkdir()  # as scripts do
+    with pytest.raises(asyncsave.StateError):
+        asyncsave.save({"x": object()}, path, overwrite=True)
+    assert_same(asyncsave.load(path), state_of(1))
+    path.rename(old)
+    path.mkdir()
+    (path / "thesis").write_text("precious")
+    with pytest.raises(asyncsave.CheckpointExistsError):
+        asyncsave.save(state_of(2), path, overwrite=True)
+    assert_same(asyncsave.load(old), state_of(1))
+
+
+def test_what_was_replaced_and_cannot_be_removed_does_not_come_back(tmp_path: Path) -> None:
+    full = True
+
+    def ask(what: str, path: Path) -> None:
+        if full and what == "remove_tree":
+            raise OSError(errno.EBUSY, "busy")
+
+    disk = AskingDisk(ask, NoExchangeDisk())
+    with asyncsave.Checkpointer(disk.at(tmp_path / "run"), keep_last=1) as run:
+        run.save(1, state_of(1), block=True)
+        run.save(1, state_of(2), block=True)
+        run.save(2, state_of(3), block=True)
+        assert run.steps() == [2]
+    full = False
+    with asyncsave.Checkpointer(tmp_path / "run", keep_last=1) as run:
+        assert run.steps() == [2]
+    assert os.listdir(tmp_path / "run") == ["step-000000002"]
+
+
+def test_half_a_checkpoint_does_not_come_back(tmp_path: Path) -> None:
+    half = tmp_path / ".step-000000005.0123456789abcdef.replaced"
+    half.mkdir()
+    (half / "rank-00000.json").write_text("{}")
+    with asyncsave.Checkpointer(tmp_path) as run:
+        assert run.steps() == []
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("when", ["removed", "held"])
+def test_a_sweep_that_takes_what_is_not_locked_yet_does_no_harm(tmp_path: Path, when: str) -> None:
+    path, sweeps, held = tmp_path / "a", 0, threading.Event()
+    others = []
+
+    def other(ask: Callable[[str, Path], object]) -> None:
+        with pytest.raises(asyncsave.StateError):
+            asyncsave.save({"x": object()}, AskingDisk(ask).at(path), overwrite=True)
+
+    def hold(what: str, name: Path) -> None:
+        if what == "remove_tree" and when == "held":
+            held.set()
+            time.sleep(0.2)
+
+    def ask(what: str, name: Path) -> None:
+        nonlocal sweeps
+        if what == "lock" and name.name.startswith(".a.") and not sweeps:
+            sweeps += 1
+            others.append(threading.Thread(target=other, args=(hold,)))
+            others[0].start()
+            if when == "held":
+                assert held.wait(10)
+            else:
+                others[0].join()
+
+    asyncsave.save(state_of(1), AskingDisk(ask).at(path), overwrite=True).result()
+    others[0].join()
+    assert sweeps == 1
+    assert_same(asyncsave.load(path), state_of(1))
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_second_save_beside_the_first_syncs_nothing_in_the_call(tmp_path: Path) -> None:
+    synced = []
+
+    def ask(what: str, path: Path) -> None:
+        if what == "sync_directory" and threading.current_thread() is threading.main_thread():
+            synced.append(path)
+
+    disk = AskingDisk(ask)
+    with Saver() as saver:
+        saver.save(state_of(1), disk.at(tmp_path / "deep" / "a")).result()
+        assert tmp_path in synced
+        synced.clear()
+        saver.save(state_of(1), disk.at(tmp_path / "deep" / "b")).result()
+        assert not synced
+        shutil.rmtree(tmp_path / "deep")
+        saver.save(state_of(1), disk.at(tmp_path / "deep" / "c")).result()
+        assert tmp_path in synced
+
+
+class Unruly(logging.Handler):
+    """Raises, as handlers should not."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("what a user's handler raises")
+
+
+def test_logging_that_raises_ends_no_save_and_no_saver(tmp_path: Path) -> None:
+    log, unruly = logging.getLogger("asyncsave"), Unruly()
+    level = log.level
+    log.addHandler(unruly)
+    log.setLevel(logging.INFO)
+    try:
+        with Saver() as saver:
+            first = saver.save(state_of(1), tmp_path / "a")
+            first.add_done_callback(lambda _: 1 / 0)
+            assert first.exception() is None
+            saver.save(state_of(2), tmp_path / "b").result()
+    finally:
+        log.removeHandler(unruly)
+        log.setLevel(level)
+    assert_same(asyncsave.load(tmp_path / "a"), state_of(1))
+    assert_same(asyncsave.load(tmp_path / "b"), state_of(2))
+
+
+def test_closing_again_from_any_thread_is_fine(tmp_path: Path) -> None:
+    """Also from one that has the number which the event loop's thread had."""
+    refused: list[BaseException] = []
+
+    def close(saver: Saver, begin: threading.Event) -> None:
+        begin.wait()
+        try:
+            saver.close()
+        except BaseException as error:
+            refused.append(error)
+
+    for _ in range(3):
+        saver, begin = Saver(), threading.Event()
+        saver.close()
+        threads = [threading.Thread(target=close, args=(saver, begin)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        begin.set()
+        for thread in threads:
+            thread.join()
+    assert not refused
+
+
+SCARCE = """
+import gc, re, resource, sys, torch, asyncsave
+
+def taken():
+    return int(re.search(r"VmSize:\\s+([0-9]+)", open("/proc/self/status").read())[1]) << 10
+
+little, much = {"x": torch.zeros(17 << 18)}, {"x": torch.zeros(33 << 18)}
+with asyncsave.Saver(compression="off", memory_limit="64MiB") as saver:
+    saver.save(little, sys.argv[1]).result()
+    gc.collect()
+    resource.setrlimit(resource.RLIMIT_AS, (taken() + (24 << 20),) * 2)
+    saver.prewarm(much)  # fits only where what was there has been given back
+"""
+
+
+def test_to_grow_what_was_there_is_given_back_first(tmp_path: Path) -> None:
+    ended = children.run(SCARCE, tmp_path / "a")
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_names_of_steps_are_guarded(tmp_path: Path) -> None:
