@@ -22,7 +22,7 @@ from ..storage.place import Place
 from .checkpoint import Checkpoint
 from .fill import Fill
 from .groups import grouped
-from .newest import first_sound
+from .newest import first_sound, note_loaded
 
 _VALUES = Values(size=tuple, dtype="torch.{}".format, device=str)
 """For what is torch's own: tuples, and names as torch's."""
@@ -48,7 +48,9 @@ def load_arrays(place: Place, keys: str | Sequence[str] | None) -> Any:
             tree = completed(tree)
         wanted = [checkpoint.leaves[i] for i in sorted(set(bulk_indices(tree)))]
         bulk = _read(checkpoint, wanted)
-        return unflatten(tree, bulk.__getitem__, _VALUES)
+        state = unflatten(tree, bulk.__getitem__, _VALUES)
+        note_loaded(checkpoint)
+        return state
 
     return first_sound(place, use)
 

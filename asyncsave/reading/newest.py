@@ -67,6 +67,7 @@ def first_sound(
     """Use the newest checkpoint that is not damaged.
 
     Args:
+        use: notes by itself what it loads (`note_loaded`): to look into a run is not to go on.
         passed_over: told which checkpoints could not be used, and why.
 
     Raises:
@@ -78,7 +79,6 @@ def first_sound(
         try:
             with Checkpoint.open(each.place) as checkpoint:
                 result = use(checkpoint)
-                record = checkpoint.record
         except UnsupportedVersionError:
             raise  # it is sound: going on from an older one would lose work without a word
         except (IntegrityError, FormatError, CheckpointNotFoundError) as error:
@@ -93,7 +93,6 @@ def first_sound(
             if sound := [entry.path.name for entry in history.left if entry.record is not None]:
                 _log.warning("not tried, as a rollback had left them, or may have: %s", sound)
         _warn_of_unreadable(history, each)
-        _note_loaded(each.path, record)
         return result
     for older in errors[1:]:
         errors[0].add_note(f"and the one before: {older}")
@@ -134,10 +133,11 @@ class Position:
 _loaded: dict[str, list[Position]] = {}
 
 
-def _note_loaded(path: Path, record: CheckpointRecord) -> None:
-    position = Position.of(path, record)
+def note_loaded(checkpoint: Checkpoint) -> None:
+    """Note that the caller has what is in a checkpoint, and that its run may go on from there."""
+    position = Position.of(checkpoint.path, checkpoint.record)
     if position is not None:
-        positions = _loaded.setdefault(os.path.realpath(path.parent), [])
+        positions = _loaded.setdefault(os.path.realpath(checkpoint.path.parent), [])
         if position not in positions:
             positions.append(position)
 

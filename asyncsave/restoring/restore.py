@@ -22,7 +22,7 @@ from ..format.records import CheckpointRecord
 from ..format.select import completed, select
 from ..format.tree import CONTAINERS, TensorNode, bulk_indices
 from ..reading.checkpoint import Checkpoint
-from ..reading.newest import PassedOver, first_sound
+from ..reading.newest import PassedOver, first_sound, note_loaded
 from ..report import RestoreReport, gb
 from ..state.values import TORCH
 from ..storage.place import PathLike, Place, place_of
@@ -131,7 +131,9 @@ def load_from(
         new = NewLeaves([checkpoint.leaves[i] for i in sorted(set(bulk_indices(tree)))])
         checkpoint.read(new.fills)
         bulk = new.values(where)
-        return unflatten(tree, bulk.__getitem__, TORCH)
+        state = unflatten(tree, bulk.__getitem__, TORCH)
+        note_loaded(checkpoint)
+        return state
 
     return first_sound(place, use, passed_over)
 
@@ -156,6 +158,7 @@ def restore_from(
     def use(checkpoint: Checkpoint) -> RestoreReport:
         match = _match(checkpoint, into, wish)
         nbytes = apply(checkpoint, match, wish)
+        note_loaded(checkpoint)
         restored(checkpoint.path, checkpoint.record)
         done = RestoreReport(
             path=checkpoint.path,

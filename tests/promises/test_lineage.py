@@ -381,7 +381,9 @@ def test_setting_aside_that_is_cut_off(tmp_path: Path) -> None:
     assert newest(tmp_path) == 30, "the newest is the last to go"
 
 
-@pytest.mark.parametrize("how", ["restore", "load", "asyncsave.load", "asyncsave.restore"])
+@pytest.mark.parametrize(
+    "how", ["restore", "load", "asyncsave.load", "asyncsave.restore", "asyncsave.numpy.load"]
+)
 def test_loading_counts(tmp_path: Path, how: str) -> None:
     """Load, evaluate, and save at the step that was resumed from."""
     save(tmp_path, 10, 20)
@@ -394,6 +396,8 @@ def test_loading_counts(tmp_path: Path, how: str) -> None:
                 ckpt.load()
             case "asyncsave.load":
                 asyncsave.load(tmp_path)
+            case "asyncsave.numpy.load":
+                asyncsave.numpy.load(tmp_path)
             case _:
                 asyncsave.restore(tmp_path, into)
         ckpt.step(20, state_of(21), metrics={"loss": 1.0})
@@ -405,6 +409,18 @@ def test_loading_counts(tmp_path: Path, how: str) -> None:
     assert not [info for info in asyncsave.checkpoints(tmp_path) if info.left]
     with make(tmp_path) as ckpt:
         assert ckpt.load()["step"] == 31
+
+
+@pytest.mark.parametrize("how", ["tune", "verify"])
+def test_measuring_a_run_is_not_going_on_with_it(tmp_path: Path, how: str) -> None:
+    save(tmp_path, 10, 20)
+    if how == "tune":
+        asyncsave.tune(tmp_path, levels=[0], seconds=0.1)
+    else:
+        asyncsave.verify(tmp_path)
+    with make(tmp_path) as ckpt, pytest.raises(asyncsave.CheckpointExistsError):
+        ckpt.save(30, state_of(30), block=True)
+    assert newest(tmp_path) == 20
 
 
 def test_a_look_at_an_older_one_is_no_rollback(tmp_path: Path) -> None:
