@@ -24,7 +24,7 @@ def read_first(place: Place) -> bytes | bytearray:
 
     Raises:
         CheckpointNotFoundError: there is none.
-        LoadError: see `read_whole`.
+        LoadError: whether there is one cannot be told; or see `read_whole`.
     """
     file = place / CHECKPOINT_FILE
     if not file.exists():

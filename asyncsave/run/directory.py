@@ -58,7 +58,9 @@ class RunDirectory:
     def __init__(self, place: Place, policy: Policy, existing: Existing = "refuse") -> None:
         if existing not in ("refuse", "set_aside"):
             raise ConfigError(f"existing={existing!r} must be 'refuse' or 'set_aside'")
-        if (place / CHECKPOINT_FILE).exists():
+        with looking(place.path):
+            is_checkpoint = (place / CHECKPOINT_FILE).exists()
+        if is_checkpoint:
             raise ConfigError(
                 f"{place} is a checkpoint itself; a run needs a directory for its own, which may "
                 "be inside it or beside it"

@@ -67,7 +67,7 @@ class Readable(Protocol):
         """Whether there is a directory; a link to one is none, unless ``follow`` is on."""
 
     def exists(self, path: Path) -> bool:
-        """Whether there is anything, a broken link included."""
+        """Whether there is anything, a broken link included; OSError where that cannot be told."""
 
     def open(self, path: Path) -> ReadableFile:
         """Open a regular file for reading; links, pipes and devices are refused."""

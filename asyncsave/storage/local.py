@@ -81,7 +81,11 @@ class LocalDisk:
         return path.is_dir() and (follow or not path.is_symlink())
 
     def exists(self, path: Path) -> bool:
-        return os.path.lexists(path)
+        try:  # not os.path.lexists(), to which whatever cannot be looked at is not there
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def open(self, path: Path) -> ReadableFile:
         return LocalReadable(path)

@@ -161,6 +161,10 @@ class AskingDisk(WrappedDisk):
         self.ask("list_directory", path)
         return super().list_directory(path)
 
+    def exists(self, path: Path) -> bool:
+        self.ask("exists", path)
+        return super().exists(path)
+
     def open(self, path: Path) -> ReadableFile:
         self.ask("open", path)
         return _AskingReadable(super().open(path), path, self.ask)

@@ -94,7 +94,7 @@ class Faults:
 
 
 class FaultDisk(WrappedDisk):
-    """Every operation asks ``faults`` first. `exists` never fails: nor does what it stands for."""
+    """Every operation asks ``faults`` first."""
 
     def __init__(self, faults: Faults, disk: Disk = LOCAL) -> None:
         super().__init__(disk)
@@ -144,6 +144,10 @@ class FaultDisk(WrappedDisk):
     def is_directory(self, path: Path, *, follow: bool = False) -> bool:
         self.faults.meet("is_directory", path)
         return super().is_directory(path, follow=follow)
+
+    def exists(self, path: Path) -> bool:
+        self.faults.meet("exists", path)
+        return super().exists(path)
 
     def open(self, path: Path) -> ReadableFile:
         self.faults.meet("open", path)

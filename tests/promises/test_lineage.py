@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -291,6 +292,27 @@ def test_a_mount_that_is_stale_is_no_damage(tmp_path: Path) -> None:
     with pytest.raises(asyncsave.LoadError, match="Stale") as caught:
         asyncsave.load(AskingDisk(stale).at(tmp_path))
     assert not isinstance(caught.value, asyncsave.IntegrityError)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_looked_at_may_be_the_newest(tmp_path: Path, error: int) -> None:
+    """A directory that may not be entered, or cannot be: going on before it would lose work."""
+    save(tmp_path, 10, 20)
+
+    def refuse(what: str, path: Path) -> None:
+        if path.parent.name == "step-000000020":
+            raise OSError(error, os.strerror(error), str(path))
+
+    place, into = AskingDisk(refuse).at(tmp_path), state_of(0)
+    with pytest.raises(asyncsave.LoadError, match=os.strerror(error)) as caught:
+        asyncsave.restore(place, into)
+    assert type(caught.value) is asyncsave.LoadError
+    assert into["step"] == 0
+    with pytest.raises(asyncsave.LoadError, match="1 of 2") as caught:
+        asyncsave.verify(place)
+    assert "restore() would take none of them" in str(caught.value.__notes__)
+    assert [info.sound for info in asyncsave.checkpoints(place)] == [None, False]
+    assert newest(tmp_path) == 20
 
 
 def test_all_of_the_line_is_damaged(tmp_path: Path) -> None:

@@ -321,6 +321,21 @@ def test_what_a_link_is(tmp_path: Path) -> None:
             (place / name).open()
 
 
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(tmp_path: Path) -> None:
+    """Who has no permission, as well; but no permission lacks root, who may run this."""
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "file").write_text("")
+    for name in ("x" * 300, "round/deeper"):
+        with pytest.raises(asyncsave.LoadError):
+            (Place(tmp_path) / name).exists()
+        with pytest.raises(asyncsave.LoadError) as caught:
+            asyncsave.load(tmp_path / name)
+        assert not isinstance(caught.value, asyncsave.CheckpointNotFoundError)
+        with pytest.raises(asyncsave.WriteError):
+            asyncsave.Checkpointer(tmp_path / name)
+    assert not (Place(tmp_path) / "file" / "deeper").exists()
+
+
 NAMES = ["directory", "file", "link", "broken", "nothing"]
 
 
