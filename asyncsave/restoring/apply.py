@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..available import available_memory
-from ..errors import IntegrityError, MismatchError
+from ..errors import LoadError, MismatchError
 from ..format.build import unflatten
 from ..format.leaf import Leaf
 from ..format.select import completed
@@ -105,14 +105,16 @@ def _fill(
 ) -> None:
     """Decode into the live tensors; every byte was found sound just now."""
     try:
-        checkpoint.read(fills, kept)
-    except IntegrityError:
-        # once more: there is no way back to what the tensors were
         try:
+            checkpoint.read(fills, kept)
+        except LoadError:
+            # once more: there is no way back to what the tensors were
             checkpoint.read(fills_of(targets))
-        except IntegrityError as error:
-            error.add_note("it was sound a moment ago, and the state is partly filled from it")
-            raise
+    except BaseException as error:  # an interrupt, too
+        error.add_note(
+            f"{checkpoint.path} was sound a moment ago, and the state is partly filled from it"
+        )
+        raise
 
 
 def _synchronize(targets: Sequence[Target]) -> None:

@@ -423,6 +423,33 @@ def test_damage_between_the_check_and_the_reading_is_noticed(
     assert any("sound a moment ago" in note for note in raised.value.__notes__)
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_read_that_fails_while_the_state_is_filled_is_tried_again(
+    tmp_path: Path, error: int
+) -> None:
+    state = {name: torch.randn(100_000) for name in ("v", "w")}
+    asyncsave.save(state, tmp_path / "a", compression="off", memory_limit=400_000).result()
+    (
+        tmp_path / "a" / "rank-00000.data"
+    ).read_bytes()  # in the page cache it is not kept, but read twice
+
+    def restore(faults: Faults) -> dict[str, torch.Tensor]:
+        into = {name: torch.zeros(100_000) for name in state}
+        asyncsave.restore(FaultDisk(faults).at(tmp_path / "a"), into)
+        return into
+
+    all_of_them = Faults(kinds={"read"})
+    assert_same(restore(all_of_them), state)
+    count = len(all_of_them.operations)
+    chunks = (count - 2) // 2  # behind the two JSON files
+    assert chunks >= 6
+    for at in range(2 + chunks, count):
+        assert_same(restore(Faults(at, error, kinds={"read"})), state)
+    with pytest.raises(asyncsave.LoadError, match=os.strerror(error)) as raised:
+        restore(Faults(2 + chunks, error, kinds={"read"}, lasting=True))
+    assert "the state is partly filled" in str(raised.value.__notes__)
+
+
 def test_every_file_of_the_newest_flipped_somewhere(tmp_path: Path) -> None:
     """Wherever it is harmed, the one before is used; where only padding is, the newest is."""
     with asyncsave.Checkpointer(tmp_path, durable=False, compression=1) as run:
