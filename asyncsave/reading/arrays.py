@@ -67,11 +67,17 @@ def _read(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> dict[int, Any]:
             for group, memory in pairs
         ]
     )
-    bulk = {}
+    bulk: dict[int, Any] = {}
     for group, memory in pairs:
+        texts: dict[int, bytes] = {}  # bytes with the same start are the same, and one object does
         for leaf in group.members:
             offset = group.pad + leaf.start - group.start
-            bulk[leaf.index] = _value(memory, offset, leaf, dtypes[leaf.index])
+            if leaf.kind != "bytes":
+                bulk[leaf.index] = _array(memory, offset, leaf, dtypes[leaf.index])
+                continue
+            if offset not in texts:
+                texts[offset] = memory[offset : offset + leaf.nbytes].tobytes()
+            bulk[leaf.index] = texts[offset]
     return bulk
 
 
@@ -82,11 +88,9 @@ def _memory(nbytes: int) -> Bytes:
         raise LoadError(f"there is no memory for an array of {nbytes} bytes: {cause}") from cause
 
 
-def _value(memory: Bytes, offset: int, leaf: Leaf, dtype: np.dtype[Any]) -> Any:
-    """Return the value of a leaf, whose first byte is at ``offset`` in ``memory``."""
+def _array(memory: Bytes, offset: int, leaf: Leaf, dtype: np.dtype[Any]) -> Any:
+    """Return the array of a leaf, whose first byte is at ``offset`` in ``memory``."""
     raw = memory[offset : offset + leaf.nbytes]
-    if leaf.kind == "bytes":
-        return raw.tobytes()
     try:
         if raw.size == 0:
             return np.empty(leaf.shape, dtype)

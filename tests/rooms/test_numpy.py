@@ -20,6 +20,7 @@ from asyncsave.format.dtypes import DTYPES
 from asyncsave.state.values import TORCH_DTYPES
 from tests.strategies import states
 from tests.support import assert_same, bits
+from tests.sweeps.attacks.forge import chunk, forge, padded, tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -120,6 +121,17 @@ def test_arrays_that_share_memory_are_aligned(tmp_path: Path) -> None:
     assert loaded["f"].flags.aligned
     assert loaded["f"].tolist() == late.tolist()
     assert loaded["u"].tolist() == list(range(4, 60))
+
+
+def test_bytes_that_many_records_have_are_one_object(tmp_path: Path) -> None:
+    """Or a few bytes of records would become gigabytes."""
+    text = bytes(range(256)) * 16
+    record = tensor((len(text),), kind="bytes")
+    tree = {"t": "list", "items": [{"t": "tensor", "i": i} for i in range(200)]}
+    forge(tmp_path / "a", tree, tensors=[record] * 200, chunks=[chunk(text)], data=padded(text))
+    for loaded in (asyncsave.numpy.load(tmp_path / "a"), asyncsave.load(tmp_path / "a")):
+        assert loaded == [text] * 200
+        assert len(set(map(id, loaded))) == 1
 
 
 def test_keys_that_are_the_same_without_torch_are_refused(tmp_path: Path) -> None:
