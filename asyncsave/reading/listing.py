@@ -34,18 +34,21 @@ def verify(path: PathLike) -> VerifyReport:
     history = find(place)
     chunks = raw_bytes = stored_bytes = 0
     damage: dict[Path, LoadError] = {}
+    harmless: set[Path] = set()
     for each in history.entries:
         try:
             if each.error is not None:  # a disk that reads it at the second attempt is not sound
                 raise each.error
             with Checkpoint.open(each.place) as checkpoint:
-                _check(checkpoint)
+                checkpoint.check()
+                harmless.add(each.path)  # whatever is found from here on
+                checkpoint.check_gaps()
                 chunks += checkpoint.chunk_count
                 raw_bytes += checkpoint.raw_bytes
                 stored_bytes += checkpoint.stored_bytes
         except LoadError as error:
             damage[each.path] = error
-    newest = _newest_sound(history, damage)
+    newest = _newest(history, damage, harmless)
     if damage:
         raise _told(place, history, damage, newest)
     assert newest is not None
@@ -54,17 +57,16 @@ def verify(path: PathLike) -> VerifyReport:
     return VerifyReport(paths, newest, chunks, raw_bytes, stored_bytes, seconds)
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    checkpoint.check()
-    checkpoint.check_gaps()
+def _newest(history: History, damage: dict[Path, LoadError], harmless: set[Path]) -> Path | None:
+    """Return what `restore` would take, by the rule of reading/newest.py.
 
-
-def _newest_sound(history: History, damage: dict[Path, LoadError]) -> Path | None:
-    """Return what `restore` would take, by the rule of reading/newest.py."""
+    Args:
+        harmless: those whose values are all sound, though there may be damage between them.
+    """
     for each in history.line:
-        error = damage.get(each.path)
-        if error is None:
+        if each.path in harmless:
             return each.path
+        error = damage[each.path]
         if type(error) not in (IntegrityError, FormatError, CheckpointNotFoundError):
             return None
     return None
@@ -116,7 +118,8 @@ def list_checkpoints(history: History, *, verify: bool) -> list[CheckpointInfo]:
         if verify and error is None:
             try:
                 with Checkpoint.open(each.place) as checkpoint:
-                    _check(checkpoint)
+                    checkpoint.check()
+                    checkpoint.check_gaps()
             except LoadError as found:
                 error = found
         infos.append(

@@ -521,6 +521,21 @@ def test_all_readers_pass_over_damage_by_one_rule(
     )
 
 
+def test_verify_says_what_restore_takes_though_there_is_dirt_between_frames(
+    tmp_path: Path,
+) -> None:
+    three(tmp_path)
+    data = tmp_path / "step-000000003" / "rank-00000.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\1")
+    with pytest.raises(asyncsave.IntegrityError, match="between its frames") as caught:
+        asyncsave.verify(tmp_path)
+    assert (
+        f"2 of 3 checkpoints are sound; restore() would take {data.parent}"
+        in (caught.value.__notes__[-1])
+    )
+    assert asyncsave.restore(tmp_path, {"w": torch.zeros(100_000)}) == 3
+
+
 @pytest.mark.parametrize("read", READ)
 def test_no_reader_passes_over_a_newer_format(tmp_path: Path, read: str) -> None:
     three(tmp_path)
