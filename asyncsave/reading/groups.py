@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 
 import msgspec
 
-from ..errors import FormatError
 from ..format.leaf import Leaf
-
-_MOST_ALIGNED = 16
-"""Longer elements than this, of text, need not be aligned to their length."""
+from ..format.ties import overlapping, padding
 
 
 class Group(msgspec.Struct, frozen=True, gc=False):
@@ -38,41 +34,21 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 
 
 def grouped(leaves: Iterable[Leaf]) -> list[Group]:
-    """Return leaves in groups: those whose addresses overlap are in one. An empty one is alone.
-
-    Raises:
-        FormatError: leaves overlap in a way in which not all can be aligned.
-    """
-    groups: list[Group] = []
+    """Return leaves in groups: those whose addresses overlap are in one. An empty one is alone."""
+    some: list[Leaf] = []
     empty: list[Group] = []
-    members: list[Leaf] = []
-    rank = stop = 0
-    for leaf in sorted(leaves, key=operator.attrgetter("rank", "start", "stop", "index")):
-        if not leaf.nbytes:
+    for leaf in leaves:
+        if leaf.nbytes:
+            some.append(leaf)
+        else:
             empty.append(Group(leaf.rank, 0, 0, 0, (leaf,)))
-            continue
-        if members and (leaf.start >= stop or leaf.rank != rank):
-            groups.append(_group(members, stop))
-            members = []
-        stop = max(stop, leaf.stop) if members else leaf.stop
-        rank = leaf.rank
-        members.append(leaf)
-    if members:
-        groups.append(_group(members, stop))
-    return groups + empty
+    return [_group(members) for members in overlapping(some)] + empty
 
 
-def _group(members: list[Leaf], stop: int) -> Group:
-    """Return the group of leaves, the first one first, that end at ``stop``."""
-    rank, start = members[0].rank, members[0].start
-    pad = 0 if len(members) == 1 else _pad(members, start)
-    return Group(rank, start, stop, pad, tuple(members))
-
-
-def _pad(members: list[Leaf], start: int) -> int:
-    items = [(leaf.start - start, leaf.dtype.nbytes) for leaf in members]
-    items = [(offset, width) for offset, width in items if width <= _MOST_ALIGNED]
-    for pad in range(_MOST_ALIGNED):
-        if all((offset + pad) % width == 0 for offset, width in items):
-            return pad
-    raise FormatError("tensors that share memory in the checkpoint are not aligned to it")
+def _group(members: list[Leaf]) -> Group:
+    first = members[0]
+    if len(members) == 1:
+        return Group(first.rank, first.start, first.stop, 0, (first,))
+    pad = padding(members)
+    assert pad is not None, "checked.py lets no others through"
+    return Group(first.rank, first.start, max(leaf.stop for leaf in members), pad, tuple(members))

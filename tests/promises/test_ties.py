@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import asyncsave
+import asyncsave.numpy
 from asyncsave.state.flatten import flatten
 from asyncsave.state.layout import Layouts
 from tests.strategies import DTYPES, NUMPY_DTYPES
 from tests.support import assert_same
+from tests.sweeps.attacks.forge import chunk, forge, padded, tensor
 
 Roundtrip = Callable[[Any], Any]
 
@@ -253,3 +255,35 @@ def test_an_array_that_is_not_contiguous_is_never_copied_whole(tmp_path: Path, d
         tracemalloc.stop()
     assert peak < 2 << 20  # slots are taken from the system, which tracemalloc does not see
     assert_same({"x": array}, asyncsave.load(tmp_path / "a"))
+
+
+# -- ties of other writers ------------------------------------------------------------------------
+
+
+def forge_list(directory: Path, *records: Any) -> None:
+    tree = {"t": "list", "items": [{"t": "tensor", "i": i} for i in range(len(records))]}
+    data = bytes(range(64))
+    forge(directory, tree, tensors=records, chunks=[chunk(data)], data=padded(data))
+
+
+def test_ties_that_cannot_be_aligned_are_refused_by_all_readers_alike(tmp_path: Path) -> None:
+    floats = [tensor((4,), start, dtype="float32") for start in (0, 2)]
+    forge_list(tmp_path / "a", *floats)
+    into = [torch.zeros(4), torch.zeros(4)]
+    readers: list[Callable[[Path], object]] = [asyncsave.verify, asyncsave.load]
+    readers += [asyncsave.numpy.load, lambda path: asyncsave.restore(path, into)]
+    readers.append(lambda path: asyncsave.load(path, keys="0"))
+    for read in readers:
+        with pytest.raises(asyncsave.FormatError, match="not aligned"):
+            read(tmp_path / "a")
+    assert not torch.stack(into).any()
+
+
+def test_a_part_of_what_is_tied_can_be_aligned_as_well(tmp_path: Path) -> None:
+    """Also by the rule of FORMAT.md for the whole, where elements are of 12 bytes."""
+    whole, number = tensor((64,)), tensor((1,), 16, dtype="complex128")
+    forge_list(tmp_path / "a", whole, number, tensor((2,), 24, dtype="|S12", kind="numpy"))
+    expected = bytes(range(24, 48))
+    for load in (asyncsave.load, asyncsave.numpy.load):
+        assert load(tmp_path / "a")[2].tobytes() == expected
+        assert load(tmp_path / "a", keys=["1", "2"])[2].tobytes() == expected
