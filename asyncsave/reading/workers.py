@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 from ..codec.frame import Decoder
 from ..errors import LoadError
@@ -17,6 +17,8 @@ _SCRATCH_BYTES = 512 << 20
 
 _LITTLE_BYTES = 1 << 20
 """Of so little, starting threads takes longer than reading it: a load of 150 kB 2.8 ms, not 1.9."""
+
+_NAME = "asyncsave-read"
 
 _T = TypeVar("_T")
 
@@ -64,24 +66,80 @@ def in_parallel(work: Iterable[_T], job: Callable[[_T, Scratch], None], longest:
         for item in items:
             job(item, scratch)
         return
-    local = threading.local()
-    stop = threading.Event()
+    _Crew(items, job, longest).run(threads)
 
-    def run(item: _T) -> None:
-        if stop.is_set():
-            return
-        if not hasattr(local, "scratch"):
-            local.scratch = Scratch(longest)
+
+class _Crew(Generic[_T]):
+    """What the threads of one call share.
+
+    Attributes:
+        stop: nothing is begun any more. Once this is set and a reader's turn is free, that reader
+            has touched what it will touch: one that had not come that far finds it set.
+    """
+
+    def __init__(
+        self, items: Sequence[_T], job: Callable[[_T, Scratch], None], longest: int
+    ) -> None:
+        self.stop = False
+        self._items = enumerate(items)  # taking one is a single step, for any thread
+        self._job = job
+        self._longest = longest
+        self._errors: list[tuple[int, BaseException]] = []
+
+    def run(self, threads: int) -> None:
+        """Let so many threads do the work; when this is left, however, they have let go of it."""
+        turns = [threading.Lock() for _ in range(threads)]
+        readers = [
+            # a daemon: one whose start() is interrupted may hang in it, and would keep the program
+            threading.Thread(target=self.work, args=(turn,), name=f"{_NAME}-{i}", daemon=True)
+            for i, turn in enumerate(turns)
+        ]
         try:
-            job(item, local.scratch)
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
         except BaseException:
-            stop.set()
+            # An interrupt. Who called this is about to close the files, and the memory is that of
+            # live weights: no reader may have a hand in them from here on. Not by join(): until
+            # Python 3.13, one that is interrupted takes its thread for dead while that still runs
+            # (bpo-46726). And nothing is called outside of the inner `try`, since interrupts come
+            # where a function begins, or has returned.
+            self.stop = True
+            while True:
+                try:
+                    for turn in turns:
+                        with turn:
+                            pass
+                    break
+                except BaseException:  # interrupted again; the first one is raised
+                    continue
             raise
+        self._raise_first()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="asyncsave-read") as pool:
-        futures = [pool.submit(run, item) for item in items]
-    for future in futures:
-        future.result()
+    def work(self, turn: threading.Lock) -> None:
+        """Do one piece after the other, in a thread that has ``turn`` meanwhile."""
+        with turn:
+            scratch = None
+            while not self.stop and (piece := next(self._items, None)) is not None:
+                number, item = piece
+                try:
+                    scratch = scratch or Scratch(self._longest)
+                    self._job(item, scratch)
+                except BaseException as error:
+                    self.stop = True
+                    self._errors.append((number, error))
+
+    def _raise_first(self) -> None:
+        """Raise the first error in the order of the work, if there is one."""
+        if not self._errors:
+            return
+        _, error = min(self._errors, key=operator.itemgetter(0))
+        self._errors.clear()
+        try:
+            raise error
+        finally:
+            del error  # or it would hold its own traceback, and with it the memory of a thread
 
 
 def reader_threads() -> int:

@@ -43,16 +43,17 @@ class LocalReadable:
         nbytes: its length.
     """
 
+    _descriptor = _direct = -1
+
     def __init__(self, path: Path) -> None:
+        self._detours: list[Bytes] = []
+        self._mapping: Bytes | None = None
         self._descriptor = os.open(path, _FLAGS)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            os.close(self._descriptor)
+            self.close()
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         self.nbytes = status.st_size
-        self._direct = -1
-        self._detours: list[Bytes] = []
-        self._mapping: Bytes | None = None
         if self.nbytes >= _LEAST_BYTES and _MINCORE is not None:
             self._open_direct()
 
@@ -92,9 +93,15 @@ class LocalReadable:
         """Close it. No read may be going on."""
         self._mapping = None
         self._detours.clear()
-        if self._direct >= 0:
-            os.close(self._direct)
-        os.close(self._descriptor)
+        direct, self._direct = self._direct, -1
+        if direct >= 0:
+            os.close(direct)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()  # whoever was interrupted before the file was in anybody's hands
 
     def _open_direct(self) -> None:
         # by way of /proc: the file that is open already, whatever its name leads to by now

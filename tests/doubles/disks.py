@@ -234,3 +234,50 @@ class _AskingReadable(WrappedReadable):
     def read_into(self, offset: int, view: memoryview) -> int:
         self._ask("read_into", self._path)
         return super().read_into(offset, view)
+
+
+class WatchedDisk(WrappedDisk):
+    """Knows who reads from the data files, and of whatever should not happen to them.
+
+    Args:
+        during: called by a reader that has read, before it returns.
+
+    Attributes:
+        reading: how many threads are reading now.
+        reads: how many reads have ended.
+        closed: files that were closed while somebody read from them.
+    """
+
+    def __init__(self, during: Callable[[], object], disk: Disk = LOCAL) -> None:
+        super().__init__(disk)
+        self.during = during
+        self.reading = self.reads = 0
+        self.closed: list[Path] = []
+        self.lock = threading.Lock()
+
+    def open(self, path: Path) -> ReadableFile:
+        file = super().open(path)
+        return _WatchedReadable(file, path, self) if path.suffix == ".data" else file
+
+
+class _WatchedReadable(WrappedReadable):
+    def __init__(self, file: ReadableFile, path: Path, disk: WatchedDisk) -> None:
+        super().__init__(file)
+        self._path, self._disk = path, disk
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        with self._disk.lock:
+            self._disk.reading += 1
+        try:
+            count = super().read_into(offset, view)
+            self._disk.during()
+            return count
+        finally:
+            with self._disk.lock:
+                self._disk.reading -= 1
+                self._disk.reads += 1
+
+    def close(self) -> None:
+        if self._disk.reading:
+            self._disk.closed.append(self._path)
+        super().close()

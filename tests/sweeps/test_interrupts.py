@@ -26,12 +26,13 @@ import torch
 
 import asyncsave
 import asyncsave.pipeline.handle
+import asyncsave.reading.workers
 from asyncsave import Checkpointer
 from asyncsave.pipeline.save import Target
 from asyncsave.storage.place import Place
 from asyncsave.storage.steps import list_steps
 from tests import counts
-from tests.doubles.disks import WrappedDisk
+from tests.doubles.disks import WatchedDisk, WrappedDisk
 from tests.doubles.fake_device import FakeDevice, make_pipeline
 from tests.support import assert_same, eventually
 from tests.sweeps.slots import all_free
@@ -49,6 +50,16 @@ STATE = {"w": torch.arange(70_000.0), "b": torch.arange(9), "n": 1, "list": [tor
 OTHER = {"w": torch.arange(70_000.0) + 1, "b": torch.arange(9), "n": 2, "list": [torch.ones(3)]}
 
 
+def is_lost(frame: FrameType, arg: Any) -> bool:
+    """Whether Python itself loses something where it is interrupted there."""
+    code = frame.f_code
+    if code.co_filename == threading.__file__ and "Condition." in code.co_qualname:
+        return True  # its lock: that is held for ever, or released though nobody holds it
+    if code is threading.Thread.start.__code__:
+        return getattr(arg, "__name__", "") == "__exit__"  # that it is about to start a thread
+    return arg is os.open  # a descriptor, which is a bare number still
+
+
 class Point:
     """One point of time of what is called in the main thread: its n-th event of these kinds.
 
@@ -63,7 +74,7 @@ class Point:
         self.where = ""
 
     def __call__(self, frame: FrameType, kind: str, arg: Any) -> None:
-        if kind not in self.kinds or arg is os.open:  # its descriptor is a bare number, lost there
+        if kind not in self.kinds or is_lost(frame, arg):
             return
         self.seen += 1
         if self.seen == self.n:
@@ -90,6 +101,37 @@ class Point:
         while error is not None and not isinstance(error, asyncsave.SaveError):
             error = error.__context__
         return error is not None
+
+
+class Instruction(Point):
+    """One instruction of what awaits readers in the main thread.
+
+    Not of what starts them: between two instructions there, Python forgets what it has begun.
+    """
+
+    def __call__(self, frame: FrameType, kind: str, arg: Any) -> Any:
+        code = frame.f_code
+        joins = code.co_qualname in ("Thread.join", "Thread._wait_for_tstate_lock")
+        if not joins and code.co_filename != asyncsave.reading.workers.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if kind != "opcode":
+            return self
+        self.seen += 1
+        if self.seen != self.n:
+            return self
+        self.where = f"{self.n}: {code.co_filename}:{frame.f_lineno} {code.co_name} {frame.f_lasti}"
+        sys.settrace(None)
+        return self.how()
+
+    def run(self, call: Callable[[], object]) -> None:
+        sys.settrace(self)
+        try:
+            call()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self.stop = stop
+        finally:
+            sys.settrace(None)
 
 
 class FailingDisk(WrappedDisk):
@@ -272,12 +314,16 @@ def survives(directory: Path, name: str, point: Point) -> bool:
 
 
 def sweep(
-    directory: Path, each: Callable[[Path, Point], bool], stride: int, kinds: set[str]
+    directory: Path,
+    each: Callable[[Path, Point], bool],
+    stride: int,
+    kinds: set[str],
+    point_of: type[Point] = Point,
 ) -> None:
     """Try every ``stride``-th point of a call until it ends before the point comes."""
     for n in itertools.count(1, stride):
         how = by_raising if n // stride % 2 else by_a_handler
-        point = Point(n, kinds, how)
+        point = point_of(n, kinds, how)
         try:
             there = each(directory / str(n), point)
         except BaseException as error:
@@ -372,6 +418,81 @@ def test_every_point_is_interrupted(tmp_path: Path, name: str, kind: str) -> Non
     others = {"constructor": constructs, "a single save": saves_once, "late copies": stages_late}
     each = others.get(name, lambda path, point: survives(path, name, point))
     sweep(tmp_path, each, 1, {kind})
+
+
+# -- restoring -------------------------------------------------------------------------------
+
+LARGE = {"w": torch.arange(1_500_000.0), "b": torch.arange(9)}  # for which there are readers
+
+
+def restores(directory: Path, point: Point) -> bool:
+    """Interrupt a restore; whatever the point, nobody reads on behind the caller's back."""
+    saved = directory.parent / "saved"
+    if not saved.exists():
+        asyncsave.save(LARGE, saved, compression="off", memory_limit=3 << 20).result()
+    disk = WatchedDisk(lambda: time.sleep(0.001))
+    live = {"w": torch.zeros(1_500_000), "b": torch.zeros(9, dtype=torch.int64)}
+    point.run(lambda: asyncsave.restore(disk.at(saved), live))
+    assert not disk.reading
+    reads, then = disk.reads, {name: value.clone() for name, value in live.items()}
+    assert eventually(lambda: threads() == [])
+    assert not disk.closed
+    assert disk.reads == reads
+    assert_same(live, then)
+    if point.stop is None:
+        assert_same(live, LARGE)
+    asyncsave.restore(saved, live)
+    assert_same(live, LARGE)
+    return point.where != ""
+
+
+def test_a_restore_is_interrupted(tmp_path: Path) -> None:
+    sweep(tmp_path, restores, 41, {"call"})
+    assert asyncsave.verify(tmp_path / "saved").chunks >= 6
+
+
+def test_a_restore_is_interrupted_where_it_has_readers(tmp_path: Path) -> None:
+    sweep(tmp_path, restores, 13, set(), Instruction)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["call", "c_return", "opcode"])
+def test_every_point_of_a_restore_is_interrupted(tmp_path: Path, kind: str) -> None:
+    sweep(tmp_path, restores, 1, {kind}, Instruction if kind == "opcode" else Point)
+
+
+def test_whoever_interrupts_a_restore_again_and_again_is_told_once(tmp_path: Path) -> None:
+    """The readers hang in the disk, and nobody may go on before they have come back."""
+    asyncsave.save(LARGE, tmp_path / "saved", compression="off", memory_limit=3 << 20).result()
+    gate, seen = threading.Event(), list[int]()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        seen.append(len(seen))
+        raise KeyboardInterrupt(seen[-1])
+
+    def interrupts() -> None:
+        assert eventually(lambda: disk.reading >= 2)
+        for i in range(20):
+            interrupt()
+            assert eventually(lambda i=i: len(seen) > i)  # type: ignore[misc]
+        gate.set()
+
+    disk = WatchedDisk(gate.wait)
+    live = {"w": torch.zeros(1_500_000), "b": torch.zeros(9, dtype=torch.int64)}
+    before = signal.signal(signal.SIGINT, handle)
+    timer = threading.Thread(target=interrupts)
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            asyncsave.restore(disk.at(tmp_path / "saved"), live)
+        assert (gate.is_set(), disk.reading, disk.closed) == (True, 0, [])
+    finally:
+        gate.set()
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert caught.value.args == (0,)
+    assert len(seen) == 20
 
 
 # -- real signals -----------------------------------------------------------------------------
