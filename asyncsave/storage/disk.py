@@ -92,6 +92,9 @@ class Disk(Readable, Protocol):
     def exchange(self, one: Path, other: Path) -> bool:
         """Swap two names in one step; return False where the system cannot."""
 
+    def free_bytes(self, path: Path) -> int:
+        """Return how much can still be written on the disk of a directory."""
+
     def remove_tree(self, path: Path) -> None:
         """Remove a directory with all that is in it; links are not followed."""
 

@@ -71,6 +71,9 @@ class LocalDisk:
             return False
         raise OSError(number, os.strerror(number), str(one))
 
+    def free_bytes(self, path: Path) -> int:
+        return shutil.disk_usage(path).free
+
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
 

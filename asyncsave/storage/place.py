@@ -66,10 +66,15 @@ class Place:
         with self._looking():
             return self.disk.exists(self.path)
 
-    def is_directory(self) -> bool:
-        """Whether there is a directory (a link to one is none)."""
+    def is_directory(self, *, follow: bool = False) -> bool:
+        """Whether there is a directory; a link to one is none, unless ``follow`` is on."""
         with self._looking():
-            return self.disk.is_directory(self.path)
+            return self.disk.is_directory(self.path, follow=follow)
+
+    def free_bytes(self) -> int:
+        """Return how much can still be written on the disk of a directory."""
+        with self._looking():
+            return self.disk.free_bytes(self.path)
 
     def names(self) -> list[str]:
         """Return the names in a directory, sorted; [] where there is no directory."""

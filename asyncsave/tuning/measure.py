@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import queue
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -82,19 +81,17 @@ def tune(
         ConfigError: an argument cannot be.
         StateError: the state cannot be saved, or holds nothing to compress.
         CheckpointNotFoundError, FormatError, IntegrityError: there is no sound checkpoint.
-        SaveError, CommitError: the directory cannot be written to.
+        SaveError, CommitError: the directory cannot be looked at, or not be written to.
     """
     began = time.perf_counter()
     chosen = _parse_levels(LEVELS if levels is None else levels)
     if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds={seconds!r} must be a positive number")
     is_path = isinstance(state_or_path, (str, os.PathLike))
-    if directory is None and is_path:
-        directory = find(place_of(state_or_path)).line[0].place.parent
-    where = place_of(directory or Path.cwd())
-    while not where.path.is_dir() and where != where.parent:
-        where = where.parent
-    most = min(_SAMPLE_BYTES, available_memory() // 8, shutil.disk_usage(where.path).free // 8)
+    if directory is None:
+        directory = find(place_of(state_or_path)).line[0].place.parent if is_path else os.curdir
+    where, free_bytes = _disk_of(place_of(directory))
+    most = min(_SAMPLE_BYTES, available_memory() // 8, free_bytes // 8)
     if is_path:
         sample = sample_of_checkpoint(place_of(state_or_path), most)
     else:
@@ -105,18 +102,17 @@ def tune(
     try:
         measuring = _Measuring(scratch.place, sample, began, seconds, progress)
         measuring.run(chosen)
-        rows = [measuring.row(each) for each in measuring.levels if each.durable_seconds]
-        skipped = [each.level for each in measuring.levels if not each.durable_seconds]
+        return measuring.report(where.path)
     finally:
         scratch.remove()
-    return TuneReport(
-        rows=tuple(rows),
-        skipped=tuple(skipped),
-        state_bytes=sample.state_bytes,
-        directory=where.path,
-        encoders=encoder_threads(),
-        seconds=time.perf_counter() - began,
-    )
+
+
+def _disk_of(place: Place) -> tuple[Place, int]:
+    """Return the nearest directory there is, and how many bytes its disk has free."""
+    with looking(place.path):
+        while not place.is_directory(follow=True) and place != place.parent:
+            place = place.parent
+        return place, place.free_bytes()
 
 
 def _parse_levels(levels: Iterable[int]) -> list[int]:
@@ -206,6 +202,17 @@ class _Measuring:
             cost = disk + (each.encode_seconds_per_byte[-1] if each.level else 0.0)
             each.values = self._sample.first((share - fixed) / cost, self._encoders)
             each.took_seconds = fixed + each.nbytes * cost
+
+    def report(self, directory: Path) -> TuneReport:
+        """Return what was measured, in this directory."""
+        return TuneReport(
+            rows=tuple(self.row(each) for each in self.levels if each.durable_seconds),
+            skipped=tuple(each.level for each in self.levels if not each.durable_seconds),
+            state_bytes=self._sample.state_bytes,
+            directory=directory,
+            encoders=self._encoders,
+            seconds=time.perf_counter() - self._began,
+        )
 
     def row(self, each: _Level) -> TuneRow:
         """Return what was measured, for the whole state."""

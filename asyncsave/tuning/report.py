@@ -1,4 +1,4 @@
-"""Report: what `tune` found, and what it advises."""
+"""Report: what `tune` has measured of each level, and the setting that follows from it."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class _Extent:
 
 
 def sample_of_checkpoint(place: Place, most_bytes: int) -> Sample:
-    """Read chunks of the checkpoint at ``path``, or of the one that `restore` would take.
+    """Read chunks of the checkpoint at ``place``, or of the one that `restore` would take there.
 
     Raises:
         CheckpointNotFoundError, FormatError, IntegrityError: there is none.

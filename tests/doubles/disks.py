@@ -53,6 +53,9 @@ class WrappedDisk:
     def exchange(self, one: Path, other: Path) -> bool:
         return self.inner.exchange(one, other)
 
+    def free_bytes(self, path: Path) -> int:
+        return self.inner.free_bytes(path)
+
     def remove_tree(self, path: Path) -> None:
         self.inner.remove_tree(path)
 
@@ -117,6 +120,17 @@ class _SlowFile(WrappedFile):
         count = await super().write(view)
         await asyncio.sleep(self._seconds_per_byte * count)
         return count
+
+
+class SmallDisk(WrappedDisk):
+    """Has room for ``nbytes`` more, as it says."""
+
+    def __init__(self, nbytes: int, disk: Disk = LOCAL) -> None:
+        super().__init__(disk)
+        self.nbytes = nbytes
+
+    def free_bytes(self, path: Path) -> int:
+        return self.nbytes
 
 
 class NoExchangeDisk(WrappedDisk):

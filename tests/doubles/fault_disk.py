@@ -149,6 +149,10 @@ class FaultDisk(WrappedDisk):
         self.faults.meet("exists", path)
         return super().exists(path)
 
+    def free_bytes(self, path: Path) -> int:
+        self.faults.meet("free_bytes", path)
+        return super().free_bytes(path)
+
     def open(self, path: Path) -> ReadableFile:
         self.faults.meet("open", path)
         return _FaultyReadable(super().open(path), path, self.faults)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from asyncsave.storage.draft import Scratch
 from asyncsave.storage.place import Place
 from asyncsave.tuning import measure
 from asyncsave.tuning.sample import Sample, sample_of_checkpoint, sample_of_state
+from tests.doubles.disks import SmallDisk
 from tests.doubles.fault_disk import FaultDisk, Faults
 
 
@@ -31,10 +31,8 @@ def state(mib: int = 4) -> dict[str, Any]:
     }
 
 
-def room_for(monkeypatch: pytest.MonkeyPatch, path: Path, nbytes: int) -> None:
-    """Let the disk have so much room, an eighth of which the sample may have."""
-    usage = shutil.disk_usage(path)._replace(free=nbytes)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+ROOM = SmallDisk(8 * CHUNK_BYTES)
+"""A disk with so much room, an eighth of which the sample may have."""
 
 
 def test_a_live_state(tmp_path: Path) -> None:
@@ -83,11 +81,10 @@ def test_a_checkpoint_and_a_run_are_left_as_they_are(tmp_path: Path) -> None:
     asyncsave.verify(tmp_path / "run")
 
 
-def test_a_sample_stands_for_a_large_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room_for(monkeypatch, tmp_path, 8 * CHUNK_BYTES)
+def test_a_sample_stands_for_a_large_state(tmp_path: Path) -> None:
     # the first half compresses, the second does not
     large = {"w": torch.cat([torch.zeros(12 << 20), torch.randn(12 << 20)])}
-    report = asyncsave.tune(large, directory=tmp_path, levels=[0], seconds=2)
+    report = asyncsave.tune(large, directory=ROOM.at(tmp_path), levels=[0], seconds=2)
     (row,) = report.rows
     assert row.sample_bytes == CHUNK_BYTES
     assert report.state_bytes == 96 << 20
@@ -102,11 +99,13 @@ def test_levels_without_time_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"levels": []}, {"levels": [23]}, {"levels": ["1"]}, {"seconds": 0}], ids=str
+    "options",
+    [{"levels": []}, {"levels": [23]}, {"levels": ["1"]}, {"seconds": 0}, {"directory": ""}],
+    ids=str,
 )
 def test_impossible_arguments(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(asyncsave.ConfigError):
-        asyncsave.tune(state(), directory=tmp_path, **options)
+        asyncsave.tune(state(), **{"directory": tmp_path, **options})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,8 +114,9 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
         asyncsave.tune({"step": 1}, directory=tmp_path)
     with pytest.raises(asyncsave.CheckpointNotFoundError):
         asyncsave.tune(tmp_path / "nothing")
-    with pytest.raises(asyncsave.WriteError):
-        asyncsave.tune(state(), directory="/proc/nothing")
+    for directory in ("/proc/nothing", tmp_path / ("x" * 300)):
+        with pytest.raises(asyncsave.WriteError):
+            asyncsave.tune(state(), directory=directory)
 
 
 def test_nothing_stays_when_it_is_interrupted(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert asyncsave.tune(tmp_path, levels=[0], seconds=0.1).state_bytes == 4000
 
 
-def test_a_disk_with_little_room_gets_a_small_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    room_for(monkeypatch, tmp_path, 8 * CHUNK_BYTES)
-    measured = asyncsave.tune(state(48), directory=tmp_path, levels=[0], seconds=0.5)
+def test_a_disk_with_little_room_gets_a_small_sample(tmp_path: Path) -> None:
+    """Though the directory on it is not there yet."""
+    place = ROOM.at(tmp_path / "run" / "deeper")
+    measured = asyncsave.tune(state(48), directory=place, levels=[0], seconds=0.5)
+    assert measured.directory == tmp_path
     assert measured.row(0).sample_bytes <= CHUNK_BYTES < measured.state_bytes
 
 
