@@ -212,3 +212,9 @@ def decode(data: bytes | bytearray, kind: type[_T], path: object) -> _T:
         raise LoadError(f"there is no memory for the records in {path}") from cause
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as cause:
         raise FormatError(f"{path} is not a manifest of asyncsave: {cause}") from cause
+
+
+# What msgspec must know of a kind it finds out when it is first asked, and two threads that ask at
+# the same time crash the process. Modules are imported by one.
+for _kind in (FormatRecord, CheckpointRecord, RankRecord):
+    msgspec.json.Decoder(_kind)

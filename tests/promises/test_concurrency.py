@@ -417,3 +417,32 @@ def test_a_single_save_needs_nobody_to_hold_it(tmp_path: Path) -> None:
     assert eventually(
         lambda: not any("asyncsave" in thread.name for thread in threading.enumerate())
     )
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+FIRST_LOADS = """
+import sys, threading, asyncsave
+
+sys.setswitchinterval(1e-6)
+together, loaded = threading.Barrier(8), []
+
+def load():
+    together.wait()
+    loaded.append(asyncsave.load(sys.argv[1])["n"])
+
+threads = [threading.Thread(target=load) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(loaded)
+"""
+
+
+def test_the_first_loads_of_a_process_come_at_the_same_time(tmp_path: Path) -> None:
+    """One in three such processes crashed, while msgspec found out what a manifest is."""
+    asyncsave.save(STATE, tmp_path / "a").result()
+    for _ in range(8):
+        ended = children.run(FIRST_LOADS, tmp_path / "a")
+        assert (ended.returncode, ended.stdout) == (0, f"{[1] * 8}\n"), ended.stderr
