@@ -110,8 +110,9 @@ def named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     if any(unicodedata.normalize("NFKC", part) != part for part in (name, *fields)):
         raise FormatError(f"the checkpoint has a NamedTuple {name!r} with names not in normal form")
     key = (name, fields)
-    if key not in _made:
+    made = _made.get(key)  # another thread may clear it at any time
+    if made is None:
         if len(_made) >= 1024:
             _made.clear()
-        _made[key] = collections.namedtuple(name, fields)
-    return _made[key]
+        made = _made.setdefault(key, collections.namedtuple(name, fields))
+    return made

@@ -27,7 +27,7 @@ class Layout:
 _BASES: Final = range(16)
 
 
-LAYOUTS: Final = {
+LAYOUTS: Final = {  # every coding id of format 1
     "raw": Layout(1, (1,)),
     "zstd": Layout(1, (1,)),
     "bytes2": Layout(2, (1,) * 2),
@@ -36,10 +36,6 @@ LAYOUTS: Final = {
     **{f"exp16.{base}": Layout(2, (1,), base) for base in _BASES},
     **{f"exp32.{base}": Layout(4, (2, 1), base) for base in _BASES},
 }
-
-
-CODINGS: Final = frozenset(LAYOUTS)
-"""Every coding id of format 1."""
 
 
 def plane_lengths(coding: str, raw_length: int) -> tuple[int, ...]:

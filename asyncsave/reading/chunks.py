@@ -62,12 +62,12 @@ class Chunks:
         chunk = self.records[i]
         if chunk.coding == "raw":
             raw = scratch.stored[: chunk.length] if memory is None else memory
-            self.read_stored(i, raw)
+            self._read_stored(i, raw)
             if chunk.raw_xxh3_128 != chunk.xxh3_128:
                 raise self._damage(chunk, "has two checksums that contradict each other")
             return raw
         raw = scratch.raw[: chunk.raw_length] if memory is None else memory
-        stored = self.read_stored(i, scratch.stored[: chunk.length])
+        stored = self._read_stored(i, scratch.stored[: chunk.length])
         try:
             scratch.decoder.decode(stored, chunk.coding, chunk.parts, raw)
         except ValueError as cause:
@@ -75,14 +75,6 @@ class Chunks:
         if digest(raw.data) != chunk.raw_xxh3_128:
             raise self._damage(chunk, "decodes to bytes that do not have the checksum they should")
         return raw
-
-    def read_stored(self, i: int, memory: Bytes) -> Bytes:
-        """Read a chunk's stored bytes into ``memory``, check them, and return it."""
-        chunk = self.records[i]
-        count = self._files[chunk.file].read_into(chunk.offset, memory.data)
-        if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
-            raise self._damage(chunk, "does not have the checksum it was written with")
-        return memory
 
     def check_gaps(self) -> None:
         """Check that what lies between frames is zeros, the only bytes without a checksum.
@@ -102,6 +94,14 @@ class Chunks:
                     _check_zeros(file, end, nbytes)
                     end += nbytes
                 end = offset + length
+
+    def _read_stored(self, i: int, memory: Bytes) -> Bytes:
+        """Read a chunk's stored bytes into ``memory``, check them, and return it."""
+        chunk = self.records[i]
+        count = self._files[chunk.file].read_into(chunk.offset, memory.data)
+        if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
+            raise self._damage(chunk, "does not have the checksum it was written with")
+        return memory
 
     def _damage(self, chunk: ChunkRecord, what: str) -> IntegrityError:
         path = self._files[chunk.file].path

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncsave.codec.frame import Decoder, Encoder, coding_for, encoder_bytes
 from asyncsave.codec.planes import JOIN_SCRATCH_BYTES, ByteArray, join, split, views
 from asyncsave.codec.zstd import Decompressor, compressor_bytes
-from asyncsave.format.codings import CODINGS, plane_lengths
+from asyncsave.format.codings import LAYOUTS, plane_lengths
 
 MAX_BYTES = 1 << 20
 LEVELS = (1, 2, 6, 19)
@@ -69,7 +69,7 @@ def test_round_trip(coding: str, level: int, data: bytes, offset: int) -> None:
     assert out.tobytes() == raw.tobytes()
 
 
-@pytest.mark.parametrize("coding", sorted(CODINGS))
+@pytest.mark.parametrize("coding", sorted(LAYOUTS))
 @pytest.mark.parametrize("count", (0, 1, 2, 3, 262_143, 262_147))
 def test_split_and_join_are_inverse(coding: str, count: int) -> None:
     raw = np.random.default_rng(count).integers(0, 256, count * width(coding), np.uint8)
@@ -282,7 +282,7 @@ def test_flipped_bits_raise_or_fill_the_plane_and_the_decoder_lives_on() -> None
     assert out.tobytes() == PLANE[:2000].tobytes()
 
 
-@given(data=st.binary(max_size=200), coding=st.sampled_from(sorted(CODINGS)), cut=st.data())
+@given(data=st.binary(max_size=200), coding=st.sampled_from(sorted(LAYOUTS)), cut=st.data())
 @settings(max_examples=200, deadline=None)
 def test_arbitrary_frames_decode_or_raise(data: bytes, coding: str, cut: st.DataObject) -> None:
     count = len(plane_lengths(coding, 0))

@@ -143,7 +143,7 @@ def test_the_exponent_planes_in_the_document() -> None:
 
 
 def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
-    from asyncsave.format.codings import CODINGS
+    from asyncsave.format.codings import LAYOUTS
     from asyncsave.format.records import RankRecord
 
     text = FORMAT_MD.read_text()
@@ -152,7 +152,7 @@ def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
     assert len(tags) == 16
     for tag in tags:
         assert re.search(rf"^\| .*`{tag}`.* \|.*\|.*\|$", text, re.MULTILINE), tag
-    assert {re.sub(r"\.\d+$", ".B", coding) for coding in CODINGS} == {
+    assert {re.sub(r"\.\d+$", ".B", coding) for coding in LAYOUTS} == {
         *("raw", "zstd", "bytes2", "bytes4", "bytes8", "exp16.B", "exp32.B")
     }
     rows = re.findall(r"^\| (\d+) \| (`.+`.*) \|$", text, re.MULTILINE)
