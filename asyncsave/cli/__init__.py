@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,22 @@ _LEVELS = re.compile(r"([0-9]{1,2})(?:-([0-9]{1,2}))?")
 PathArgument = Annotated[Path, typer.Argument(help="A checkpoint, or the directory of a run.")]
 
 
+def _output(path: Path | None) -> Path | None:
+    """Return where to write, if that can be done; said before anything is measured for it."""
+    if path is None:
+        return None
+    try:
+        path.stat()
+        can_be = os.access(path, os.W_OK) and not path.is_dir()
+    except FileNotFoundError:
+        can_be = os.access(path.parent, os.W_OK | os.X_OK)
+    except OSError as cause:
+        raise typer.BadParameter(f"{path}: {cause.strerror}") from cause
+    if not can_be:
+        raise typer.BadParameter(f"{path} cannot be written: give a file in a directory of yours")
+    return path
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -53,9 +70,11 @@ def tune(
     every_row: Annotated[
         bool, typer.Option("--all", help="Show every level, not only those to choose from.")
     ] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw it there, as PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it there, as PNG.", callback=_output)
+    ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures there.")
+        Path | None, typer.Option("--json", help="Write all figures there.", callback=_output)
     ] = None,
 ) -> None:
     """Measure every compression level on these bytes, these cores and this disk."""
@@ -68,28 +87,34 @@ def tune(
             seconds=seconds,
             progress=tell,
         )
-    if json_file is not None:
-        found = dataclasses.asdict(report) | {
-            "directory": str(report.directory),
-            "best": report.best,
-            "smallest": report.smallest,
-            "recommendation": report.recommendation,
-        }
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
     console.print(escape(report.recommendation), highlight=False)
     show(report, console, every_row=every_row)
-    if picture is not None:
-        try:
+    try:
+        if json_file is not None:
+            json_file.write_text(_figures(report))
+        if picture is not None:
             draw(report, picture)
-        except ImportError as cause:
-            _fail(f"--picture needs matplotlib ({cause}): pip install matplotlib")
+    except OSError as cause:
+        _fail(f"cannot write {cause.filename}: {cause.strerror}")
+    except ImportError as cause:
+        _fail(f"--picture needs matplotlib ({cause}): pip install matplotlib")
+
+
+def _figures(report: asyncsave.TuneReport) -> str:
+    found = dataclasses.asdict(report) | {
+        "directory": str(report.directory),
+        "best": report.best,
+        "smallest": report.smallest,
+        "recommendation": report.recommendation,
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
 @app.command()
 def verify(path: PathArgument) -> None:
     """Read every byte of a checkpoint, or of all those of a run. Exit status 1: one is damaged."""
     console = Console()
-    with _told(), Console(stderr=True).status(f"reading {path}"):
+    with _told(), Console(stderr=True).status(f"reading {escape(str(path))}"):
         report = asyncsave.verify(path)
     count = len(report.paths)
     for each in report.paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from asyncsave import TuneReport, TuneRow
@@ -23,7 +24,7 @@ def show(report: TuneReport, console: Console, *, every_row: bool) -> None:
     table = Table(
         title=f"{report.state_bytes / 1e9:.3g} GB of state, {report.encoders} "
         f"encoder{'s' if report.encoders > 1 else ''}, "
-        f"disk of {report.directory}",
+        f"disk of {escape(str(report.directory))}",
         caption=_caption(report, len(report.rows) - len(rows)),
     )
     for name in ("level", "ratio", "encode GB/s", "CPU s", "durable s", ""):
@@ -90,4 +91,4 @@ def draw(report: TuneReport, path: Path) -> None:
     space.bar(levels, [row.ratio for row in report.rows], color=colors)
     space.set(xlabel="level", ylabel="ratio", ylim=(0.98 * min(r.ratio for r in report.rows), None))
     figure.suptitle(f"{report.state_bytes / 1e9:.3g} GB of state on the disk of {report.directory}")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")  # whatever the name ends in

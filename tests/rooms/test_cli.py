@@ -43,6 +43,34 @@ def test_tune(checkpoint: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "tune.json"]
 
 
+@pytest.mark.parametrize("option", ["--json", "--picture"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, option: str
+) -> None:
+    for path in (tmp_path, tmp_path / "nothing" / "x", checkpoint / ("x" * 300)):
+        ran = run("tune", checkpoint, "--seconds", 100, option, path)
+        assert ran.exit_code == 2, ran.output
+        assert isinstance(ran.exception, SystemExit)
+        assert option in ran.stderr
+
+
+def test_what_cannot_be_written_after_all_is_no_traceback(checkpoint: Path) -> None:
+    ran = run("tune", checkpoint, "--levels", 0, "--seconds", 0.1, "--json", "/proc/x")
+    assert ran.exit_code == 1
+    assert "cannot write /proc/x" in ran.stderr
+    assert "Use compression" in ran.stdout, "what was measured is shown all the same"
+
+
+def test_a_directory_is_named_as_it_is_called(tmp_path: Path) -> None:
+    """Rich takes what is in brackets for a colour, or for nothing."""
+    directory = tmp_path / "runs[lr]" / "x[/]"
+    asyncsave.save({"w": torch.randn(1 << 10)}, directory / "a").result()
+    ran = run("tune", directory / "a", "--levels", 0, "--seconds", 0.1)
+    assert ran.exit_code == 0, ran.output
+    assert "runs[lr]/x[/]" in ran.stdout.replace("\n", "").replace(" ", "")
+    assert run("verify", directory / "a").exit_code == 0
+
+
 def test_tune_draws(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "tune.png"
     arguments = ("tune", checkpoint, "--levels", "0,1", "--seconds", 1, "--picture", picture)
