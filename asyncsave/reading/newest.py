@@ -88,23 +88,30 @@ def first_sound(
                 if passed_over is not None:
                     passed_over(each.path, str(error))
             continue
-        if errors:
-            _log.warning("used %s instead", each.path)
-            if sound := [entry.path.name for entry in history.left if entry.record is not None]:
-                _log.warning("not tried, as a rollback had left them, or may have: %s", sound)
-        _warn_of_unreadable(history, each)
+        _warn(history, each, is_first=not errors)
         return result
-    for older in errors[1:]:
-        errors[0].add_note(f"and the one before: {older}")
+    raise _noted(errors, history)
+
+
+def _noted(errors: list[LoadError], history: History) -> LoadError:
+    """Return the newest one's error, with all else in its notes."""
+    error, *others = errors
+    for older in others:
+        error.add_note(f"and the one before: {older}")
     if history.left:
         steps = ", ".join(str(each.step) for each in reversed(history.left))
-        errors[0].add_note(
+        error.add_note(
             f"not tried, since a rollback had left them: step {steps}; to take one, give its path"
         )
-    raise errors[0]
+    return error
 
 
-def _warn_of_unreadable(history: History, used: Entry) -> None:
+def _warn(history: History, used: Entry, *, is_first: bool) -> None:
+    """Log what was not tried before what was used, and what cannot be read."""
+    if not is_first:
+        _log.warning("used %s instead", used.path)
+        if sound := [entry.path.name for entry in history.left if entry.record is not None]:
+            _log.warning("not tried, as a rollback had left them, or may have: %s", sound)
     older = [*history.line[history.line.index(used) + 1 :], *history.left]
     for each in older:
         if each.error is not None:
