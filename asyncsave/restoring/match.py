@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import torch
 
 from ..format.tree import Node
 from .live import Target
@@ -58,12 +59,14 @@ class Loading(msgspec.Struct, frozen=True, gc=False):
         name: its fqn.
         node: the records for its ``load_state_dict``.
         keys: of a module, the names in its ``state_dict()``.
+        casts: of an optimizer, the dtypes of what is converted, by parameter and entry.
     """
 
     into: Any
     name: str
     node: Node
     keys: frozenset[str] = frozenset()
+    casts: dict[tuple[str, str], torch.dtype] = {}
 
 
 @dataclass(slots=True)

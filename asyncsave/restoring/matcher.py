@@ -27,7 +27,7 @@ from .hints import hints
 from .live import PLAIN_TENSORS, Bulk, Target, can_cast, dtype_name, loads_itself, refusal
 from .match import Edit, Loading, Match, Place, TupleEdit, show
 from .modules import entries, fills_in_place, paired
-from .optimizers import optimizer_reasons
+from .optimizers import optimizer_reasons, state_casts
 from .wish import Wish
 
 
@@ -224,8 +224,19 @@ class _Matcher:
             self._module(into, node, name)
             return
         if isinstance(into, torch.optim.Optimizer):
-            self._match.reasons += optimizer_reasons(into, node, self._leaves, name)
+            self._optimizer(into, node, name)
+            return
         self._match.objects.append(Loading(into, name, node))
+
+    def _optimizer(self, into: torch.optim.Optimizer, node: Node, name: str) -> None:
+        reasons = optimizer_reasons(into, node, self._leaves, name)
+        self._match.reasons += reasons
+        casts = {} if reasons else state_casts(into, node, self._leaves, self._wish.cast)
+        prefix = f"{name}." if name else ""
+        for (label, entry), (saved, own) in casts.items():
+            self._converts(f"{prefix}state.{label}.{entry}", saved, dtype_name(own))
+        dtypes = {key: own.dtype for key, (_, own) in casts.items()}
+        self._match.objects.append(Loading(into, name, node, casts=dtypes))
 
     def _module(self, into: torch.nn.Module, node: Node, name: str) -> None:
         module, state, node = paired(into, node)
@@ -244,17 +255,18 @@ class _Matcher:
 
     def _loaded_tensor(self, own: torch.Tensor, leaf: Leaf, name: str) -> None:
         """Match a tensor of a module that loads by itself, of which that may not say enough."""
-        match = self._match
-        dtype = dtype_name(own)
         if own.is_meta:
-            match.reasons.append(f"{name}: {refusal(own)}")
-        elif leaf.dtype.name != dtype and can_cast(leaf.dtype.name, own):
-            match.cast_names.append(name)  # torch would convert it without a word
-            if not self._wish.cast:
-                match.reasons.append(
-                    f"{name}: saved with dtype {leaf.dtype.name}, the state has {dtype} "
-                    "(cast=True converts it)"
-                )
+            self._match.reasons.append(f"{name}: {refusal(own)}")
+        elif leaf.dtype.name != dtype_name(own) and can_cast(leaf.dtype.name, own):
+            self._converts(name, leaf.dtype.name, dtype_name(own))
+
+    def _converts(self, name: str, saved: str, own: str) -> None:
+        """Note that torch would convert a tensor without a word."""
+        self._match.cast_names.append(name)
+        if not self._wish.cast:
+            self._match.reasons.append(
+                f"{name}: saved with dtype {saved}, the state has {own} (cast=True converts it)"
+            )
 
 
 _SEQUENCES = (ListNode, TupleNode, NamedTupleNode)

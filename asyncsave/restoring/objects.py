@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import MismatchError
+from .exact import converted, is_stock, make_exact, way_back
 from .match import Loading, Match, show
 from .wish import Wish
 
 _log = logging.getLogger("asyncsave")
+
+_Back = Callable[[], None]
 
 _SAYS_WHY = (ValueError, RuntimeError, TypeError, MismatchError)
 """Errors whose text says enough without their type."""
@@ -33,16 +36,12 @@ def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) ->
     Raises:
         MismatchError: one refused, or all took nothing of what was saved.
     """
-    before: list[tuple[Any, Any]] = []
+    before: list[tuple[Any, _Back]] = []
     nothing = bool(match.objects) and len(match.objects) == match.found
     for each, state in zip(match.objects, states, strict=True):
         try:
-            before.append((each.into, _state_before(each.into)))
-            if isinstance(each.into, torch.nn.Module):
-                nothing &= _load_module(match, each, state, wish)
-            else:
-                each.into.load_state_dict(state)
-                nothing = False
+            before.append((each.into, _way_back(each.into)))
+            nothing &= _load(match, each, state, wish)
         except BaseException as cause:
             _put_back(before)
             if not isinstance(cause, Exception):
@@ -54,18 +53,18 @@ def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) ->
         raise MismatchError(f"{path} does not fit the state:", names)
 
 
-def _state_before(into: Any) -> Any:
-    """Return the state that brings an object back to what it is now; None if it has none."""
-    old = into.state_dict() if callable(getattr(into, "state_dict", None)) else None
-    # optimizers replace their tensors, others may write into them
-    return old if isinstance(into, torch.optim.Optimizer) else copy.deepcopy(old)
+def _way_back(into: Any) -> _Back:
+    """Return what brings an object back to what it is now; nothing if it has no state."""
+    if isinstance(into, torch.optim.Optimizer):
+        return way_back(into)
+    old = copy.deepcopy(into.state_dict()) if callable(getattr(into, "state_dict", None)) else None
+    return lambda: None if old is None else into.load_state_dict(old)
 
 
-def _put_back(before: Sequence[tuple[Any, Any]]) -> None:
-    for done, old in before:
+def _put_back(before: Sequence[tuple[Any, _Back]]) -> None:
+    for done, back in before:
         try:
-            if old is not None:
-                done.load_state_dict(old)
+            back()
         except Exception as error:  # the others are put back all the same
             _log.warning(
                 "restore: %s could not be put back to what it was: %r", type(done).__name__, error
@@ -76,6 +75,19 @@ def _refused(path: Path, each: Loading, cause: Exception) -> MismatchError:
     why = str(cause) if type(cause) in _SAYS_WHY else repr(cause)
     reason = f"{show(each.name)}: {type(each.into).__name__}.load_state_dict refused: {why}"
     return MismatchError(f"{path} does not fit the state:", [reason])
+
+
+def _load(match: Match, each: Loading, state: Any, wish: Wish) -> bool:
+    """Let an object load; return whether it took nothing of what was saved, as far as it says."""
+    if isinstance(each.into, torch.nn.Module):
+        return _load_module(match, each, state, wish)
+    each.into.load_state_dict(state)
+    if isinstance(each.into, torch.optim.Optimizer):
+        if is_stock(each.into):
+            make_exact(each.into, state, each.casts)
+        else:
+            match.cast_names += [_name_in(each, key) for key in converted(each.into, state)]
+    return False
 
 
 def _load_module(match: Match, each: Loading, state: Any, wish: Wish) -> bool:

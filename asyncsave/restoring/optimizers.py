@@ -6,14 +6,14 @@ or that a parameter's state has another shape.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from ..format.leaf import Leaf
 from ..format.tree import ListNode, Node, ObjectNode, TensorNode, children
+from .exact import is_stock
+from .live import can_cast, dtype_name
 
 _LIKE_THE_PARAMETER = frozenset(
     {
@@ -21,7 +21,12 @@ _LIKE_THE_PARAMETER = frozenset(
         *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "prev", "step_size"),
     }
 )
-"""State that torch's own optimizers keep in the shape of the parameter."""
+"""State that torch's own optimizers keep in the shape and dtype of the parameter."""
+
+_SUMMED_UP = frozenset({"row_var", "col_var"})
+"""Adafactor's, of the parameter's dtype, and with one dimension summed up."""
+
+_OF_ITS_DTYPE = _LIKE_THE_PARAMETER | _SUMMED_UP
 
 
 def optimizer_reasons(
@@ -39,57 +44,97 @@ def optimizer_reasons(
             f"the optimizer has {len(optimizer.param_groups)}"
         ]
     reasons = []
-    saved_params: list[Node] = []
     for i, (group, live) in enumerate(zip(groups.items, optimizer.param_groups, strict=True)):
-        saved = dict(children(group)).get("params")
-        items = saved.items if isinstance(saved, ListNode) else []
-        saved_params.extend(items)
-        if len(items) != len(live["params"]):
+        count = len(_saved_params(group))
+        if count != len(live["params"]):
             reasons.append(
-                f"{shown}: parameter group {i} was saved with {len(items)} parameters, "
+                f"{shown}: parameter group {i} was saved with {count} parameters, "
                 f"the optimizer has {len(live['params'])}"
             )
     if reasons:
         return reasons
-    params = list(itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups))
-    if any(param.is_meta for param in params):
+    if any(param.is_meta for group in optimizer.param_groups for param in group["params"]):
         return [
             f"{shown}: the optimizer's parameters are on the meta device, where its state would be "
             "lost; call to_empty(device=…) on the model first, and make the optimizer from it"
         ]
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return []  # who knows what its state means
-    by_key = dict(zip(saved_params, params, strict=True)) if _are_keys(saved_params) else {}
-    return list(_shape_reasons(by_key, parts.get("state"), leaves, name))
+    return [
+        f"{name}{'.' if name else ''}state.{label}.{entry}: saved with shape {leaf.shape}, "
+        f"the parameter that it is for has {list(param.shape)}"
+        for label, entry, leaf, param in _entries(optimizer, node, leaves)
+        if _is_torchs(optimizer) and not _may_be_for(entry, leaf.shape, list(param.shape))
+    ]
 
 
-def _are_keys(nodes: Sequence[Node]) -> bool:
-    return all(isinstance(node, (int, str)) for node in nodes)
+def state_casts(
+    optimizer: torch.optim.Optimizer, node: Node, leaves: Sequence[Leaf], cast: bool
+) -> dict[tuple[str, str], tuple[str, torch.Tensor]]:
+    """Return which floating state was saved with another dtype than the optimizer has it in.
+
+    Only of those that torch's own ``load_state_dict`` loads: whoever else loads knows what it is.
+
+    Args:
+        node: records that `optimizer_reasons` has nothing against.
+        cast: it may be converted.
+
+    Returns:
+        The saved dtype, and a tensor of the other one, by parameter and entry.
+    """
+    casts = {}
+    for label, entry, leaf, param in _entries(optimizer, node, leaves):
+        own, saved = _like(optimizer, param, entry, cast), leaf.dtype.name
+        if own is not None and saved != dtype_name(own) and can_cast(saved, own):
+            casts[label, entry] = saved, own
+    return casts if is_stock(optimizer) else {}
 
 
-def _shape_reasons(
-    params: dict[Any, torch.Tensor], state: Node, leaves: Sequence[Leaf], name: str
-) -> Iterator[str]:
-    labelled = {str(key): param for key, param in params.items()}
+def _like(
+    optimizer: torch.optim.Optimizer, param: torch.Tensor, entry: str, cast: bool
+) -> torch.Tensor | None:
+    """Return a tensor of the dtype in which an optimizer keeps an entry, if that is known."""
+    if entry == "step":
+        return None  # a number, whatever holds it
+    now = optimizer.state.get(param)
+    own = now.get(entry) if isinstance(now, dict) else None
+    if isinstance(own, torch.Tensor):
+        return own
+    # torch's steps fail where a moment is not of the parameter's dtype; others may want it to be
+    # another, and are given what torch makes of it only if that was asked for
+    follows = entry in _OF_ITS_DTYPE if _is_torchs(optimizer) else cast
+    return param if follows else None
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch has made an optimizer: of others, who knows what their state means."""
+    return type(optimizer).__module__.startswith("torch.optim")
+
+
+def _saved_params(group: Node) -> list[Node]:
+    saved = dict(children(group)).get("params")
+    return saved.items if isinstance(saved, ListNode) else []
+
+
+def _entries(
+    optimizer: torch.optim.Optimizer, node: Node, leaves: Sequence[Leaf]
+) -> Iterator[tuple[str, str, Leaf, torch.Tensor]]:
+    """Yield the tensors of a saved state: a parameter's name, the entry's, leaf, parameter."""
+    parts = dict(children(node))
+    state, groups = parts.get("state"), parts["param_groups"]
+    keys = [key for _, group in children(groups) for key in _saved_params(group)]
+    if not all(isinstance(key, (int, str)) for key in keys):
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    labelled = dict(zip(map(str, keys), params, strict=True))
     for label, entries in children(state.state if isinstance(state, ObjectNode) else state):
-        param = labelled.get(label)
-        if param is None:
-            continue
-        for entry, node in children(entries):
-            if not isinstance(node, TensorNode):
-                continue
-            shape, own = leaves[node.i].shape, list(param.shape)
-            if not _may_be_for(entry, shape, own):
-                yield (
-                    f"{name}{'.' if name else ''}state.{label}.{entry}: saved with shape {shape}, "
-                    f"the parameter that it is for has {own}"
-                )
+        for entry, each in children(entries):
+            if isinstance(each, TensorNode) and label in labelled:
+                yield label, entry, leaves[each.i], labelled[label]
 
 
 def _may_be_for(entry: str, shape: list[int], own: list[int]) -> bool:
     if entry in _LIKE_THE_PARAMETER:
         return shape == own
-    if entry in ("row_var", "col_var"):  # Adafactor's, with one dimension summed up
+    if entry in _SUMMED_UP:
         return len(shape) == len(own) and all(
             size in (1, whole) for size, whole in zip(shape, own, strict=True)
         )

@@ -93,8 +93,9 @@ def restore(
         rename: names in the checkpoint, and what they are in ``into``, for example
             ``{"model.transformer": "body.encoder"}``; all below a name goes with it, and ``""`` is
             the whole.
-        cast: convert tensors from one floating dtype to another where they differ, which may round;
-            other dtypes are never converted.
+        cast: convert tensors, and those of optimizers, from one floating dtype to another where
+            they differ, which may round; other dtypes are never converted. Objects that load in
+            their own way may convert all the same; the report names what an optimizer does.
         report: called at the end with a `RestoreReport`, which lists what was restored.
 
     Returns:
