@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from ..format.tree import (
     TupleNode,
     plain,
 )
-from .live import Bulk, as_number, can_cast, dtype_name, holds, is_float, kind_of, refusal
+from .live import Bulk, as_number, can_cast, dtype_name, held, is_float, kind_of, refusal
 
 
 class Fit(msgspec.Struct, frozen=True, gc=False):
@@ -27,7 +28,7 @@ class Fit(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         why: why it does not; "" if it does.
-        number: the plain value that fills it, where that is no leaf.
+        number: what fills it, of its dtype, where that is no leaf.
         cast: it fits once it is converted.
     """
 
@@ -70,11 +71,21 @@ def fit_number(node: Node, into: Bulk, cast: bool) -> Fit:
     number = None if isinstance(node, CONTAINERS) else as_number(plain(node), into)
     if number is None:
         return Fit(f"the state has {what}, the checkpoint a {kind_of_node(node)}")
-    rounds = not holds(into, number)
-    if rounds and not (cast and is_float(into)):
-        why = f"saved as the number {number!r}, which {what} of {dtype_name(into)} cannot hold"
-        return Fit(why + (" exactly (cast=True rounds it)" if is_float(into) else ""))
-    return Fit(refusal(into) or "", number, rounds)
+    element = held(into, number)
+    is_same = element == number or (element != element and number != number)
+    # an infinity in place of a number is no rounding; torch gives that for some dtypes alone
+    can_round = element is not None and is_float(into) and math.isfinite(element)
+    if not is_same and not (cast and can_round):
+        why = f"saved as {_shown(number)}, which {what} of {dtype_name(into)} cannot hold"
+        return Fit(why + (" exactly (cast=True rounds it)" if can_round else ""))
+    return Fit(refusal(into) or "", element, not is_same)
+
+
+def _shown(number: Any) -> str:
+    """Return a number as messages show it; Python writes out no int of any length."""
+    if type(number) is int and number.bit_length() > 400:
+        return f"a number of {number.bit_length()} bits"
+    return f"the number {number!r}"
 
 
 def kind_of_node(node: Node) -> str:

@@ -147,17 +147,23 @@ def as_number(value: Any, into: Bulk) -> Any:
     return value if fits and len(into.shape) == 0 else None
 
 
-def holds(into: Bulk, number: Any) -> bool:
-    """Whether an element of ``into`` can be exactly ``number``."""
+def held(into: Bulk, number: Any) -> Any:
+    """Return what an element of ``into`` is once it is ``number``, which may be rounded.
+
+    None if it cannot be: too large for the dtype, or of that dtype torch fills nothing.
+    """
     try:
         if isinstance(into, np.ndarray):
+            scratch: Any = np.empty((), into.dtype)
             with np.errstate(over="ignore"):
-                back = np.array(number, into.dtype).item()
+                scratch[...] = number
         else:
-            back = torch.tensor(number, dtype=into.dtype, device="cpu").item()
+            if type(number) is int and into.dtype.is_floating_point:
+                number = float(number)  # torch takes no longer int than 64 bits
+            scratch = torch.empty((), dtype=into.dtype, device="cpu").fill_(number)
+        return scratch.item()
     except (OverflowError, RuntimeError, ValueError):
-        return False
-    return bool(back == number) or (back != back and number != number)
+        return None
 
 
 # -- other dtypes ---------------------------------------------------------------------------------

@@ -416,6 +416,18 @@ def test_a_module_does_not_convert_without_a_word(tmp_path: Path) -> None:
 # -- plain values and numbers -----------------------------------------------------------------
 
 
+class Count:
+    """Counts how often it was asked to load."""
+
+    loads = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"loads": self.loads}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loads += 1
+
+
 ANYTHING: list[Any] = [
     1.5,
     3,
@@ -470,6 +482,12 @@ HOLDS: list[tuple[Any, Any, bool]] = [
     (300, torch.tensor(0, dtype=torch.uint8), False),
     (-1, torch.tensor(0, dtype=torch.uint8), False),
     (1e300, torch.tensor(0.0), False),
+    (2**70, torch.tensor(0.0), True),
+    (-(2**70), torch.tensor(0.0).double(), True),
+    (10**400, torch.tensor(0.0), False),
+    (10**400, np.zeros(()), False),
+    (10**5000, torch.tensor(0), False),
+    (10**5000, torch.tensor(0.0), False),
     (70_000, np.zeros((), np.int16), False),
     (2.0, torch.tensor(0), False),
     (True, torch.tensor(0), False),
@@ -495,10 +513,36 @@ def test_a_number_fills_a_tensor_that_holds_it_exactly(tmp_path: Path, case: int
 
 
 def test_a_number_is_rounded_only_when_asked_for(tmp_path: Path) -> None:
-    asyncsave.save({"x": 0.1, "y": 1e300}, tmp_path / "a").result()
+    asyncsave.save({"x": 0.1, "y": 0.1}, tmp_path / "a").result()
     into = {"x": torch.tensor(0.0), "y": np.zeros((), np.float32)}
     with pytest.raises(asyncsave.MismatchError, match=r"the number 0.1.*cast=True"):
         asyncsave.restore(tmp_path / "a", into)
     asyncsave.restore(tmp_path / "a", into, cast=True)
     assert torch.equal(into["x"], torch.tensor(0.1))  # type: ignore[arg-type]
-    assert np.isinf(into["y"])
+    assert into["y"] == np.float32(0.1)
+
+
+TOO_LARGE: list[tuple[Any, Any]] = [
+    (1e300, torch.tensor(0.0)),
+    (1e300, torch.tensor(0.0).bfloat16()),
+    (1e300, np.zeros((), np.float32)),
+    (10**400, torch.tensor(0.0).double()),
+    (10**400, np.zeros(())),
+    (10**5000, np.zeros(())),
+    (1, torch.empty((), dtype=torch.bits8)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(TOO_LARGE)))
+def test_a_number_that_is_too_large_is_a_mismatch_with_cast_as_well(
+    tmp_path: Path, case: int
+) -> None:
+    value, into = TOO_LARGE[case]
+    count = Count()
+    asyncsave.save({"count": Count(), "x": value}, tmp_path / "a").result()
+    with pytest.raises(
+        asyncsave.MismatchError, match=r"x: .*saved as .*number.* cannot hold"
+    ) as caught:
+        asyncsave.restore(tmp_path / "a", {"count": count, "x": into}, cast=True)
+    assert "exactly" not in str(caught.value)
+    assert count.loads == 0
