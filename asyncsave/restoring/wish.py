@@ -54,7 +54,8 @@ class Wish:
 
     def _saved_name(self, name: str) -> str:
         """Return what the checkpoint calls what the state calls ``name``."""
-        for saved, own in self.rename.items():
+        # the longest goes first: what is inside another one's new name may have its own
+        for saved, own in sorted(self.rename.items(), key=lambda pair: -len(pair[1])):
             if not own or name == own or name.startswith(f"{own}."):
                 rest = name[len(own) :].lstrip(".")
                 return f"{saved}.{rest}" if saved and rest else saved or rest

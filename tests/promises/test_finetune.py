@@ -261,6 +261,17 @@ def test_fine_tuning_with_a_new_head(tmp_path: Path) -> None:
         asyncsave.restore(path, {"mine": mine}, rename={"model.body": "mine.encoder"})
 
 
+@pytest.mark.parametrize("rename", [{"a": "x", "b": "x.y"}, {"b": "x.y", "a": "x"}])
+def test_names_that_lack_are_told_in_whatever_order_the_others_are_given(
+    tmp_path: Path, rename: dict[str, str]
+) -> None:
+    asyncsave.save({"a": {"k": torch.ones(1)}, "b": {"z": torch.ones(1)}}, tmp_path / "a").result()
+    inner = {"z": torch.zeros(1), "new": torch.zeros(1)}
+    into = {"x": {"k": torch.zeros(1), "y": inner}}
+    with pytest.raises(asyncsave.MismatchError, match=r"x\.y\.new: missing in the checkpoint"):
+        asyncsave.restore(tmp_path / "a", into, keys=["b.*", "a.k"], rename=rename)
+
+
 @pytest.mark.parametrize(
     ("rename", "says"),
     [
