@@ -6,7 +6,8 @@ Pure: no threads, no files, no clock.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
@@ -90,7 +91,8 @@ def _of_dict(node: DictNode | OrderedDictNode, values: Sequence[Node]) -> Node:
 
 def patterns_of(keys: str | Sequence[str]) -> list[str]:
     """Return the globs that a ``keys=`` is; ConfigError if it is none."""
-    patterns = [keys] if isinstance(keys, str) else list(keys)
+    several = isinstance(keys, Iterable) and not isinstance(keys, str)
+    patterns: list[Any] = list(keys) if several else [keys]
     if not patterns or not all(isinstance(each, str) for each in patterns):
         raise ConfigError(
             f"keys={keys!r:.200} names nothing: give a glob such as 'model.*', or several, or "

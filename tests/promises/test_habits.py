@@ -184,7 +184,7 @@ def test_metrics_that_are_not_finite_are_told(
     assert "'loss' of step 1 is not finite" in caplog.text
 
 
-@pytest.mark.parametrize("keys", [[], [3]])
+@pytest.mark.parametrize("keys", [[], [3], 5, True, b"model"])
 def test_keys_that_name_nothing(tmp_path: Path, keys: Any) -> None:
     with make(tmp_path) as ckpt:
         ckpt.save(1, STATE, block=True)
