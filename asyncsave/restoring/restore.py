@@ -55,6 +55,7 @@ def load(
         returned; NamedTuples are of a new type with the same names.
 
     Raises:
+        ConfigError: ``device`` is none that is here.
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`.
         MismatchError: ``keys`` names something that is not there.
     """
@@ -231,7 +232,10 @@ def _is_read_anew(edit: Edit) -> bool:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    """Return a device that is there: else this would be found after all was read."""
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as cause:
-        raise ConfigError(f"device={device!r} is not a device: {cause}") from cause
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as cause:  # as backends say it
+        raise ConfigError(f"device={device!r} is not a device here: {cause}") from cause
+    return where

@@ -484,5 +484,8 @@ def test_device_is_checked(tmp_path: Path) -> None:
     put({"x": torch.ones(1)}, tmp_path / "a")
     with pytest.raises(asyncsave.ConfigError, match="device"):
         asyncsave.load(tmp_path / "a", device="gpu")
+    lacks = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(asyncsave.ConfigError, match=f"device='{lacks}' is not a device here"):
+        asyncsave.load(tmp_path / "nothing is read", device=lacks)
     loaded = asyncsave.load(tmp_path / "a", device="meta")
     assert loaded["x"].is_meta
