@@ -25,7 +25,7 @@ _SAYS_WHY = (ValueError, RuntimeError, TypeError, MismatchError)
 
 
 def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) -> None:
-    """Call every ``load_state_dict``; when one refuses, put back those before it.
+    """Call every ``load_state_dict``; when one refuses, all others say so, too, and are put back.
 
     Args:
         path: the checkpoint's.
@@ -34,23 +34,29 @@ def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) ->
         wish: whether they may leave out anything.
 
     Raises:
-        MismatchError: one refused, or all took nothing of what was saved.
+        MismatchError: some refused, all of which are listed; or all took nothing of what was saved.
     """
     before: list[tuple[Any, _Back]] = []
     nothing = bool(match.objects) and len(match.objects) == match.found
-    for each, state in zip(match.objects, states, strict=True):
-        try:
-            before.append((each.into, _way_back(each.into)))
-            nothing &= _load(match, each, state, wish)
-        except BaseException as cause:
-            _put_back(before)
-            if not isinstance(cause, Exception):
-                raise  # the user's own interrupt, now that all is as it was
-            raise _refused(path, each, cause) from cause
-    if nothing:
+    refusals: list[tuple[Loading, Exception]] = []
+    try:
+        for each, state in zip(match.objects, states, strict=True):
+            try:
+                before.append((each.into, _way_back(each.into)))
+                nothing &= _load(match, each, state, wish)
+            except Exception as cause:
+                refusals.append((each, cause))
+    except BaseException:
         _put_back(before)
+        raise  # the user's own interrupt, now that all is as it was
+    names = [_refused(*each) for each in refusals]
+    if nothing and not refusals:
         names = [f"{show(each.name)}: took nothing of what was saved" for each in match.objects]
-        raise MismatchError(f"{path} does not fit the state:", names)
+    if names:
+        _put_back(before)
+        raise MismatchError(f"{path} does not fit the state:", names) from next(
+            (cause for _, cause in refusals), None
+        )
 
 
 def _way_back(into: Any) -> _Back:
@@ -71,10 +77,9 @@ def _put_back(before: Sequence[tuple[Any, _Back]]) -> None:
             )
 
 
-def _refused(path: Path, each: Loading, cause: Exception) -> MismatchError:
+def _refused(each: Loading, cause: Exception) -> str:
     why = str(cause) if type(cause) in _SAYS_WHY else repr(cause)
-    reason = f"{show(each.name)}: {type(each.into).__name__}.load_state_dict refused: {why}"
-    return MismatchError(f"{path} does not fit the state:", [reason])
+    return f"{show(each.name)}: {type(each.into).__name__}.load_state_dict refused: {why}"
 
 
 def _load(match: Match, each: Loading, state: Any, wish: Wish) -> bool:

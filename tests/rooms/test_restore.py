@@ -284,6 +284,19 @@ def test_objects_are_put_back_when_one_refuses(tmp_path: Path) -> None:
     assert torch.equal(into["t"], torch.zeros(3))  # type: ignore[arg-type]
 
 
+def test_all_objects_that_refuse_are_named(tmp_path: Path) -> None:
+    objects = [Picky() for _ in range(4)]
+    for each, value in zip(objects, (13, 7, 13, 7), strict=True):
+        each.value = value
+    put({"o": objects}, tmp_path / "a")
+    mine = [Picky() for _ in range(4)]
+    with pytest.raises(asyncsave.MismatchError) as caught:
+        asyncsave.restore(tmp_path / "a", {"o": mine})
+    assert [reason.split(":")[0] for reason in caught.value.reasons] == ["o.0", "o.2"]
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert not any(each.value for each in mine)
+
+
 def test_objects_are_put_back_when_the_user_interrupts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
