@@ -86,13 +86,49 @@ def _load(match: Match, each: Loading, state: Any, wish: Wish) -> bool:
     """Let an object load; return whether it took nothing of what was saved, as far as it says."""
     if isinstance(each.into, torch.nn.Module):
         return _load_module(match, each, state, wish)
-    each.into.load_state_dict(state)
     if isinstance(each.into, torch.optim.Optimizer):
-        if is_stock(each.into):
-            make_exact(each.into, state, each.casts)
-        else:
-            match.cast_names += [_name_in(each, key) for key in converted(each.into, state)]
+        _load_optimizer(match, each, state)
+    else:
+        each.into.load_state_dict(state)
     return False
+
+
+def _load_optimizer(match: Match, each: Loading, state: Any) -> None:
+    """Let an optimizer load; note what it converts.
+
+    Raises:
+        ValueError: it has lost options without which its next step would fail.
+    """
+    optimizer = each.into
+    known = getattr(optimizer, "defaults", {})  # others are a scheduler's, or the user's own
+    options = [group.keys() & known for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except Exception as cause:
+        if lost := _lost(options, state["param_groups"]):
+            raise _another_kind(lost) from cause
+        raise
+    # asked afterwards: what was saved by an older torch lacks some, and loading sets them
+    if lost := _lost(options, optimizer.param_groups):
+        raise _another_kind(lost)
+    if is_stock(optimizer):
+        make_exact(optimizer, state, each.casts)
+    else:
+        match.cast_names += [_name_in(each, key) for key in converted(optimizer, state)]
+
+
+def _lost(options: Sequence[set[str]], groups: Sequence[dict[str, Any]]) -> set[str]:
+    """Return which options parameter groups do not have."""
+    pairs = zip(options, groups, strict=False)
+    return {key for own, group in pairs for key in own if key not in group}
+
+
+def _another_kind(lost: set[str]) -> ValueError:
+    return ValueError(
+        f"its parameter groups would go without {', '.join(map(repr, sorted(lost)))}, as the "
+        "checkpoint has those of another kind of optimizer: make one of that kind, or leave it out "
+        "of the state and begin without its past"
+    )
 
 
 def _load_module(match: Match, each: Loading, state: Any, wish: Wish) -> bool:

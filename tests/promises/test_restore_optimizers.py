@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,35 @@ def test_a_momentum_that_somebody_keeps_in_float32_stays_so(tmp_path: Path) -> N
     asyncsave.save({"o": theirs}, tmp_path / "a").result()
     asyncsave.restore(tmp_path / "a", {"o": mine}, cast=True)
     assert_same(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop"])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_an_optimizer_of_another_kind_is_refused(
+    tmp_path: Path, name: str, momentum: float
+) -> None:
+    theirs = torch.optim.SGD([parameter()], momentum=momentum)
+    theirs.step()
+    asyncsave.save({"o": theirs}, tmp_path / "a").result()
+    mine = getattr(torch.optim, name)([parameter()])
+    mine.step()
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(
+        asyncsave.MismatchError, match=r"o: .*would go without .*'eps'.*leave it out"
+    ):
+        asyncsave.restore(tmp_path / "a", {"o": mine})
+    assert_same(mine.state_dict(), before)
+    mine.step()
+
+
+def test_options_that_an_older_torch_did_not_have_are_set_by_loading(tmp_path: Path) -> None:
+    theirs = torch.optim.AdamW([parameter()])
+    theirs.step()
+    saved = theirs.state_dict()
+    for option in ("foreach", "maximize", "capturable", "differentiable", "fused"):
+        del saved["param_groups"][0][option]
+    asyncsave.save({"o": saved}, tmp_path / "a").result()
+    mine = torch.optim.AdamW([parameter()])
+    torch.optim.lr_scheduler.OneCycleLR(mine, 0.1, total_steps=9)  # adds options of its own
+    asyncsave.restore(tmp_path / "a", {"o": mine})
+    mine.step()
