@@ -25,7 +25,7 @@ from ..reading.fill import Fill
 from ..state.values import TORCH
 from .fills import fills_of, put
 from .live import Target
-from .match import Match
+from .match import Match, make_tuples
 from .new import NewLeaves
 from .objects import load_objects
 from .tangle import Untangled, contradictions, untangle, value_of
@@ -48,6 +48,7 @@ def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
     _refuse_contradictions(checkpoint, untangled, bulk)
     values = [_built(edit.node, bulk) for edit in match.edits]
     states = [_built(each.node, bulk) for each in match.objects]
+    tuples = make_tuples(checkpoint.path, match, values)
     _synchronize(match.targets)  # what is queued for them must not come after the new values
     load_objects(checkpoint.path, match, states, wish)
     for target in itertools.chain.from_iterable(untangled.tangled):
@@ -57,8 +58,8 @@ def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
     _synchronize(match.targets)
     for edit, value in zip(match.edits, values, strict=True):
         edit.place.put(value)
-    for each in match.tuples:
-        each.put()
+    for place, new_tuple in tuples:
+        place.put(new_tuple)
     filled = [target.leaf for target in untangled.free if target.leaf is not None]
     return sum(leaf.nbytes for leaf in itertools.chain(filled, leaves))
 

@@ -8,13 +8,15 @@ carries them out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from ..errors import MismatchError
 from ..format.tree import Node
 from .live import Target
 
@@ -44,11 +46,12 @@ class TupleEdit(msgspec.Struct, frozen=True, gc=False):
     place: Place
     old: tuple[Any, ...]
     items: list[Any]
+    name: str
 
-    def put(self) -> None:
-        """Put a tuple of these items, of the same type, in its place."""
+    def made(self) -> Any:
+        """Return a tuple of these items, of the same type."""
         kind: Any = type(self.old)
-        self.place.put(kind(*self.items) if hasattr(self.old, "_fields") else kind(self.items))
+        return kind(*self.items) if hasattr(self.old, "_fields") else kind(self.items)
 
 
 class Loading(msgspec.Struct, frozen=True, gc=False):
@@ -115,6 +118,42 @@ class Match:
     def untouched(self) -> list[str]:
         """Return the names of parts of the state, as large as can be, that matched nothing."""
         return [name for name in self.absent if not any(up in self.absent for up in _above(name))]
+
+
+def make_tuples(path: Path, match: Match, values: Sequence[Any]) -> list[tuple[Place, Any]]:
+    """Return the tuples to put into the state, and where; nothing in it is changed yet.
+
+    Args:
+        path: the checkpoint's.
+        match: whose tuples they are.
+        values: what its edits put in their places.
+
+    Raises:
+        MismatchError: a type of the user's own makes none of what was saved.
+    """
+    lists = {id(each.items) for each in match.tuples}  # those are no part of the state
+    for edit, value in zip(match.edits, values, strict=True):
+        if id(edit.place.container) in lists:
+            edit.place.put(value)
+    made: list[tuple[Place, Any]] = []
+    reasons = []
+    for each in match.tuples:
+        try:
+            new = each.made()
+        except Exception as error:
+            kind = type(each.old).__name__
+            reasons.append(
+                f"{show(each.name)}: no {kind} can be made of what was saved, by {kind}(…): "
+                f"{error!r}; use a plain tuple or a list there"
+            )
+            continue
+        if id(each.place.container) in lists:
+            each.place.put(new)
+        else:
+            made.append((each.place, new))
+    if reasons:
+        raise MismatchError(f"{path} does not fit the state:", reasons)
+    return made
 
 
 def show(name: str) -> str:

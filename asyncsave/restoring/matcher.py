@@ -215,7 +215,7 @@ class _Matcher:
         items = list(into)
         self._items(into, items, nodes, name)
         if match.changes(items, edits, tuples):
-            match.tuples.append(TupleEdit(place, into, items))
+            match.tuples.append(TupleEdit(place, into, items, name))
 
     # -- objects ------------------------------------------------------------------------------
 

@@ -197,6 +197,46 @@ MISMATCHES: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+class Size(tuple[Any, ...]):
+    """Is made of positive numbers alone."""
+
+    def __new__(cls, items: Any) -> Size:
+        items = tuple(items)
+        if items[0] < 1:
+            raise ValueError(f"never {items[0]}")
+        return super().__new__(cls, items)
+
+
+class Two(tuple[Any, ...]):
+    def __new__(cls, one: Any, two: Any) -> Two:
+        return super().__new__(cls, (one, two))
+
+
+def test_tuples_that_cannot_be_made_anew_are_refused_before_anything_changes(
+    tmp_path: Path,
+) -> None:
+    picky = Picky()
+    picky.value = 7
+    saved = {"o": picky, "w": torch.ones(3), "n": 1, "t": [(0, (0, torch.ones(1)))], "p": (1, 2)}
+    put(saved, tmp_path / "a")
+    w = torch.zeros(3)
+    mine: dict[str, Any] = {"o": Picky(), "w": w, "n": 0, "p": Two(0, 0)}
+    mine["t"] = [(5, Size((4, torch.zeros(1))))]
+    with pytest.raises(asyncsave.MismatchError) as caught:
+        asyncsave.restore(tmp_path / "a", mine)
+    assert len(caught.value.reasons) == 2
+    assert "t.0.1: no Size can be made of what was saved" in str(caught.value)
+    assert "p: no Two can be made of what was saved" in str(caught.value)
+    assert (mine["o"].value, mine["n"], mine["t"][0][0], mine["p"]) == (0, 0, 5, (0, 0))
+    assert not w.any()
+    mine["t"], mine["p"] = [(5, Size((4, torch.zeros(1))))], (0, 0)
+    put(saved | {"t": [(0, (3, torch.ones(1)))]}, tmp_path / "b")
+    asyncsave.restore(tmp_path / "b", mine)
+    assert type(mine["t"][0][1]) is Size
+    assert mine["t"][0][1][0] == 3
+    assert mine["p"] == (1, 2)
+
+
 def test_what_is_changed_inside_a_tuple_does_not_replace_it(tmp_path: Path) -> None:
     inner = ({"step": 1}, [1, 2])
     state = (inner, torch.ones(2))
