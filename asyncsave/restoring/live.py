@@ -54,6 +54,16 @@ def kind_of(into: Bulk) -> str:
     return "numpy" if isinstance(into, np.ndarray) else "torch"
 
 
+def bare(into: Bulk) -> Bulk:
+    """Return the memory of an array, without what its class makes of an index; others as they are.
+
+    A row of a ``numpy.matrix`` has two dimensions, for example.
+    """
+    if isinstance(into, np.ndarray) and not isinstance(into, np.ma.MaskedArray):
+        return np.asarray(into)
+    return into
+
+
 def loads_itself(value: Any) -> bool:
     """Whether a live value is an object that has ``load_state_dict``."""
     return callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type)
@@ -62,6 +72,8 @@ def loads_itself(value: Any) -> bool:
 def refusal(into: Bulk) -> str | None:
     """Return why ``into`` cannot be filled in place, or None if it can."""
     if isinstance(into, np.ndarray):
+        if isinstance(into, np.ma.MaskedArray):
+            return "the array in the state has a mask, which would stay as it is; pass its data"
         if not into.flags.writeable:
             return "the array in the state is read-only"
     elif into.is_meta:

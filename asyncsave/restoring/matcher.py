@@ -24,7 +24,7 @@ from ..format.tree import (
 )
 from .fits import fit_leaf, fit_number, kind_of_node
 from .hints import hints
-from .live import PLAIN_TENSORS, Bulk, Target, can_cast, dtype_name, loads_itself, refusal
+from .live import PLAIN_TENSORS, Bulk, Target, bare, can_cast, dtype_name, loads_itself, refusal
 from .match import Edit, Loading, Match, Place, TupleEdit, show
 from .modules import entries, fills_in_place, paired
 from .optimizers import optimizer_reasons, state_casts
@@ -91,7 +91,7 @@ class _Matcher:
         if isinstance(node, ObjectNode):
             node = node.state
         if isinstance(into, (torch.Tensor, np.ndarray)):
-            self._bulk(into, node, name)
+            self._bulk(bare(into), node, name)
         elif isinstance(into, dict):
             self._dict(into, node, name)
         elif isinstance(into, (list, tuple)) and not isinstance(into, torch.Size):

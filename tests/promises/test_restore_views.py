@@ -236,6 +236,35 @@ def test_numpy_arrays_that_cannot_be_filled(tmp_path: Path) -> None:
     assert np.array_equal(apart, np.arange(6.0).reshape(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_arrays_of_other_classes(tmp_path: Path) -> None:
+    values = np.arange(3.0 * (1 << 19)).reshape(3, -1)  # several chunks
+    asyncsave.save({"x": values, "ok": torch.ones(2)}, tmp_path / "a", compression="off").result()
+
+    class Own(np.ndarray[Any, Any]):
+        def __setitem__(self, *_: Any) -> None:
+            raise AssertionError
+
+    across = np.zeros(values.T.shape).T
+    for array in (
+        np.zeros(values.shape).view(Own),
+        (values * 0).view(np.matrix),
+        across.view(np.matrix),
+    ):
+        asyncsave.restore(tmp_path / "a", {"x": array, "ok": torch.zeros(2)})
+        assert array.tobytes() == values.tobytes()
+    file = np.memmap(tmp_path / "mapped", np.float64, "w+", shape=values.shape)
+    asyncsave.restore(tmp_path / "a", {"x": file, "ok": torch.zeros(2)})
+    assert np.array_equal(file, values)
+    ok = torch.zeros(2)
+    for hard in (False, True):
+        masked = np.ma.masked_array(np.zeros(values.shape), mask=True, hard_mask=hard)
+        with pytest.raises(asyncsave.MismatchError, match=r"x: the array .* has a mask"):
+            asyncsave.restore(tmp_path / "a", {"x": masked, "ok": ok})
+        assert not masked.data.any()
+        assert not ok.any()
+
+
 def test_many_small_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
     """They are read together: what is between them, and in other dtypes, is not lost or mixed."""
     memory, state, into = Memory(1 << 16), {}, {}
