@@ -12,6 +12,7 @@ from ..format.leaf import Leaf
 from ..format.names import leaf_names, some
 from ..format.select import OMITTED, is_whole
 from ..format.tree import (
+    MAX_DEPTH,
     DictNode,
     ListNode,
     NamedTupleNode,
@@ -285,11 +286,13 @@ _PLAIN = (
 )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if depth > MAX_DEPTH:  # a list that is in itself
+        return False
     if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
+        return all(_is_plain(item, depth + 1) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
+        return all(_is_plain(item, depth + 1) for item in value)
     return value is None or isinstance(value, _PLAIN)
 
 

@@ -20,6 +20,9 @@ from ..state.values import TORCH
 _DICTS = (DictNode, OrderedDictNode)
 _PREFIXES = ("_orig_mod.", "module.")
 
+_MOST_WRAPPERS = 8
+"""So many of a checkpoint are looked into: each takes a copy of all names, however long."""
+
 
 def unwrapped(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield ``module``, and what it is a wrapper of: torch.compile's, (D)DP's."""
@@ -114,7 +117,10 @@ def paired(into: torch.nn.Module, node: Node) -> tuple[torch.nn.Module, Any, Nod
 def _stripped(node: Any) -> Iterator[Any]:
     """Yield a state dict's node, and without the prefix of a wrapper that all its keys have."""
     yield node
-    while all(type(key) is str for key in node.keys) and (prefix := common_prefix(node.keys)):
+    for _ in range(_MOST_WRAPPERS):
+        texts = all(type(key) is str for key in node.keys)
+        if not texts or not (prefix := common_prefix(node.keys)):
+            return
         metadata = node.metadata if isinstance(node, OrderedDictNode) else None
         keys: list[Any] = [key.removeprefix(prefix) for key in node.keys]
         node = OrderedDictNode(keys, node.values, _stripped_metadata(metadata, prefix))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,31 @@ def test_fine_tuning_with_a_new_head(tmp_path: Path) -> None:
     assert reports[0].missing == reports[0].unexpected == ()
     with pytest.raises(asyncsave.MismatchError, match=r"mine\.out\.weight: missing"):
         asyncsave.restore(path, {"mine": mine}, rename={"model.body": "mine.encoder"})
+
+
+def test_a_state_that_holds_itself_is_refused_like_any_other(tmp_path: Path) -> None:
+    asyncsave.save({"v": torch.zeros(1), "list": [1, torch.ones(1)]}, tmp_path / "a").result()
+    around: dict[str, Any] = {"w": torch.zeros(1)}
+    around["self"] = around
+    with pytest.raises(asyncsave.MismatchError, match="q: missing in the checkpoint"):
+        asyncsave.restore(tmp_path / "a", {"q": around})
+    endless: list[Any] = [0]
+    endless.append(endless)
+    with pytest.raises(asyncsave.MismatchError, match=r"list\.1: the state has a list"):
+        asyncsave.restore(tmp_path / "a", {"v": torch.zeros(1), "list": endless})
+
+
+@pytest.mark.parametrize("what", ["hints", "wrappers"])
+def test_names_that_are_made_to_take_long_do_not(tmp_path: Path, what: str) -> None:
+    theirs: dict[str, Any] = {f"a{i}": {"0.w": 1} for i in range(50_000)}
+    mine: dict[str, Any] = {"m": {f"{i}.w": torch.zeros(1) for i in range(2_000)}}
+    if what == "wrappers":
+        theirs, mine = {"m": {"module." * 200_000 + "weight": 1}}, {"m": nn.Linear(1, 1)}
+    asyncsave.save(theirs, tmp_path / "a").result()
+    began = time.monotonic()
+    with pytest.raises(asyncsave.MismatchError, match="m"):
+        asyncsave.restore(tmp_path / "a", mine)
+    assert time.monotonic() - began < 12  # two at most, and without a bound a minute
 
 
 @pytest.mark.parametrize("rename", [{"a": "x", "b": "x.y"}, {"b": "x.y", "a": "x"}])
