@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from ..errors import BusyError, IntegrityError, WriteError
+from ..errors import BusyError, IntegrityError, LoadError, WriteError
 from ..format.files import CHECKPOINT_FILE
 from .draft import REPLACED, hidden
 from .place import Place
@@ -121,7 +121,7 @@ def sweep(directory: Place, name: str | None = None) -> list[Place]:
                 synced = True
             if _take(place, directory / match[1], was_replaced=bool(match[2])):
                 removed.append(place)
-        except WriteError as cause:
+        except (WriteError, LoadError) as cause:
             _log.warning("could not sweep %s: %s", place, cause)
         finally:
             lock.release()
@@ -132,7 +132,7 @@ def _take(place: Place, target: Place, *, was_replaced: bool) -> bool:
     """Remove a leftover, and return True; or give it its name back, if nothing took its place.
 
     Raises:
-        WriteError: that cannot be done: what is no checkpoint stands there, say.
+        WriteError, LoadError: that cannot be done: what is no checkpoint stands there, say.
     """
     whole = was_replaced and (place / CHECKPOINT_FILE).exists()
     if whole and not (target / CHECKPOINT_FILE).exists():
