@@ -32,6 +32,16 @@ def state_of(number: int) -> dict[str, Any]:
     return {"n": number, "w": torch.randn(300_000, generator=generator), "b": torch.ones(7)}
 
 
+def full_disk() -> AskingDisk:
+    """Return a disk on which there is no room for data."""
+
+    def ask(what: str, path: Path) -> None:
+        if what == "create":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return AskingDisk(ask)
+
+
 def test_saves_to_any_path_and_loads_again(tmp_path: Path) -> None:
     with Saver(compression=1) as saver:
         for number in range(5):
@@ -373,7 +383,7 @@ def test_an_error_in_the_background_is_raised_once_by_the_next_call(tmp_path: Pa
 
 def test_the_error_of_the_last_save_is_raised_by_close(tmp_path: Path) -> None:
     saver = Saver()
-    saver.save(state_of(1), FaultDisk(Faults(3, 28, lasting=True)).at(tmp_path / "a"))
+    saver.save(state_of(1), full_disk().at(tmp_path / "a"))
     with pytest.raises(asyncsave.DiskFullError):
         saver.close()
     saver.close()
@@ -386,7 +396,7 @@ def test_in_with_the_users_own_exception_comes_first(
 ) -> None:
     def work() -> None:
         with Saver() as saver:
-            saver.save(state_of(1), FaultDisk(Faults(3, 28, lasting=True)).at(tmp_path / "a"))
+            saver.save(state_of(1), full_disk().at(tmp_path / "a"))
             raise KeyError("mine")
 
     with pytest.raises(KeyError) as caught:
