@@ -61,9 +61,7 @@ class Scratch:
             self.lock: Lock | None = None
             try:
                 self.lock = self.place.lock()
-                with looking(self.place.path):
-                    if self.place.is_directory():
-                        return
+                return
             except BusyError:
                 continue  # the sweep that holds it removes it
             except BaseException as error:
@@ -71,7 +69,6 @@ class Scratch:
                     continue  # it was removed
                 self.remove()
                 raise
-            self.unlock()
         raise WriteError(
             f"cannot create {self.place}: others lock or remove it, again and again",
             path=self.place.path,

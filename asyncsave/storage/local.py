@@ -99,6 +99,8 @@ class LocalDisk:
             lock.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if not lock.take():
                 return None
+            if not os.fstat(lock.descriptor).st_nlink:  # removed before it was locked
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         except BaseException:  # an interrupt, too, must not leave it locked
             lock.release()
             raise

@@ -145,10 +145,6 @@ class FaultDisk(WrappedDisk):
         self.faults.meet("is_directory", path)
         return super().is_directory(path, follow=follow)
 
-    def exists(self, path: Path) -> bool:
-        self.faults.meet("exists", path)
-        return super().exists(path)
-
     def free_bytes(self, path: Path) -> int:
         self.faults.meet("free_bytes", path)
         return super().free_bytes(path)
@@ -160,6 +156,14 @@ class FaultDisk(WrappedDisk):
     def lock(self, path: Path) -> Lock | None:
         self.faults.meet("lock", path)
         return super().lock(path)
+
+
+class BlindDisk(FaultDisk):
+    """Whether something is there is an operation, too, that may fail."""
+
+    def exists(self, path: Path) -> bool:
+        self.faults.meet("exists", path)
+        return super().exists(path)
 
 
 class _FaultyWritable(WrappedFile):
