@@ -27,7 +27,7 @@ from .fits import fit_leaf, fit_number, kind_of_node
 from .hints import hints
 from .live import PLAIN_TENSORS, Bulk, Target, bare, can_cast, dtype_name, loads_itself, refusal
 from .match import Edit, Loading, Match, Place, TupleEdit, show
-from .modules import entries, fills_in_place, paired
+from .modules import entries, fills_in_place, loaded_by_torch, paired
 from .optimizers import optimizer_reasons, state_casts
 from .wish import Wish
 
@@ -247,15 +247,26 @@ class _Matcher:
         own = dict(state) if isinstance(state, dict) else {}
         keys = frozenset(own)
         own.update(module.named_parameters())
+        by_torch = set(loaded_by_torch(module))
         for key, value in entries(node).items():
             tensor = own.get(key)
             if isinstance(tensor, torch.Tensor) and isinstance(value, TensorNode):
                 leaf = self._leaves[value.i]
-                self._loaded_tensor(tensor, leaf, f"{name}.{key}" if name else str(key))
+                full = f"{name}.{key}" if name else str(key)
+                self._loaded_tensor(tensor, leaf, full, key in by_torch)
         self._match.objects.append(Loading(module, name, node, keys))
 
-    def _loaded_tensor(self, own: torch.Tensor, leaf: Leaf, name: str) -> None:
+    def _loaded_tensor(self, own: torch.Tensor, leaf: Leaf, name: str, by_torch: bool) -> None:
         """Match a tensor of a module that loads by itself, of which that may not say enough."""
+        # torch takes the first element of what was saved when numbers had a dimension
+        if (
+            by_torch
+            and leaf.shape != list(own.shape)
+            and not (own.ndim == 0 and len(leaf.shape) == 1)
+        ):
+            self._match.reasons.append(
+                f"{name}: saved with shape {leaf.shape}, the state has {list(own.shape)}"
+            )
         if own.is_meta:
             self._match.reasons.append(f"{name}: {refusal(own)}")
         elif leaf.dtype.name != dtype_name(own) and can_cast(leaf.dtype.name, own):

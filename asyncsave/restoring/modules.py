@@ -60,6 +60,22 @@ def fills_in_place(module: torch.nn.Module, state: dict[str, Any]) -> bool:
     return all(map(_loads_plainly, module.modules())) and _is_memory_of(module, state)
 
 
+def loaded_by_torch(module: torch.nn.Module, prefix: str = "") -> Iterator[str]:
+    """Yield the names of those tensors that nobody's own code loads, and of no other shape.
+
+    Not what is below a module with a hook or a way of its own, which may make what it likes of all
+    that was saved below it.
+    """
+    own = type(module).load_state_dict
+    if own is not torch.nn.Module.load_state_dict or not _loads_plainly(module):
+        return
+    for name in (*module._parameters, *module._buffers):
+        yield prefix + name
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from loaded_by_torch(child, f"{prefix}{name}.")
+
+
 def _loads_plainly(each: torch.nn.Module) -> bool:
     own = type(each)._load_from_state_dict
     if own is not torch.nn.Module._load_from_state_dict and not own.__module__.startswith(

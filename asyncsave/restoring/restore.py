@@ -104,6 +104,7 @@ def restore(
 
     Raises:
         MismatchError: the checkpoint does not fit; every difference is listed, nothing was changed.
+            Objects are asked last, when nothing else is against it; then all that refuse are.
         CheckpointNotFoundError, FormatError, IntegrityError: see `asyncsave.errors`. Stored bytes
             were all checked before anything was changed.
     """

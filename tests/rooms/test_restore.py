@@ -384,6 +384,33 @@ def test_modules_that_load_by_themselves(tmp_path: Path) -> None:
         asyncsave.restore(tmp_path / "a", {"m": torch.nn.Sequential(Renaming())})
 
 
+def test_shapes_in_a_module_that_loads_by_itself_are_listed_with_all_else(tmp_path: Path) -> None:
+    class Hooked(torch.nn.Linear):
+        """Loads what has any shape."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__(width, 1)
+            self.register_load_state_dict_pre_hook(self.cut)
+
+        def cut(self, _: Any, state: dict[str, Any], prefix: str, *__: Any) -> None:
+            name = f"{prefix}weight"
+            state[name] = state[name][:, : self.weight.shape[1]]
+
+    def net(width: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(2, width), Hooked(width))
+
+    put({"a": net(5), "b": net(5), "t": torch.ones(2)}, tmp_path / "a")
+    mine = {"a": net(4), "b": net(4), "t": torch.zeros(3)}
+    with pytest.raises(asyncsave.MismatchError) as caught:
+        asyncsave.restore(tmp_path / "a", mine)
+    names = ["a.0.weight", "a.0.bias", "b.0.weight", "b.0.bias", "t"]
+    assert [reason.split(":")[0] for reason in caught.value.reasons] == names
+    wide, narrow = (torch.nn.Sequential(Hooked(width)) for width in (5, 4))
+    put({"m": wide}, tmp_path / "b")
+    asyncsave.restore(tmp_path / "b", {"m": narrow})
+    assert torch.equal(narrow[0].weight, wide[0].weight[:, :4])  # type: ignore[arg-type,index]
+
+
 # -- damage -----------------------------------------------------------------------------------
 
 
