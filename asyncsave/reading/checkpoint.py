@@ -2,8 +2,10 @@
 
 `Checkpoint.open` believes nothing: names are fixed by the format, records are validated before they
 are used, links and pipes are refused. `Checkpoint.read` fills memory. `Checkpoint.check` is how a
-live state is filled only once all bytes were found sound: it keeps chunks in memory, as many as it
-may; `read` then copies those from there, and reads and checks the others once more.
+live state is filled only once all bytes were found sound, and what they decode to. It keeps stored
+bytes that came from the disk, as many as it may; `read` takes those from there, and reads and
+checks the others once more, from the page cache most often. What they decode to is not kept:
+measured on a virtual machine, new memory for 16 MiB takes 11 ms, and to read and decode them 7.
 
 Who calls what: the caller's thread opens and waits; threads that live only as long as one call
 read.
@@ -125,10 +127,7 @@ class Checkpoint:
         needed = self._needed(fills)
 
         def read(chunk: ChunkId, scratch: Scratch) -> None:
-            if chunk in kept:
-                self._scatter(chunk, kept.pop(chunk), needed[chunk])
-            else:
-                self._fill(chunk, needed[chunk], scratch)
+            self._fill(chunk, needed[chunk], scratch, kept.pop(chunk, None))
 
         in_parallel(needed, read, self._longest)
 
@@ -154,12 +153,11 @@ class Checkpoint:
         kept = self._memory_to_keep(self._needed(keep), keep_bytes)
 
         def check(chunk: ChunkId, scratch: Scratch) -> None:
-            memory = kept.get(chunk)
-            fills = needed.get(chunk, ())
-            if memory is None and fills:
-                self._fill(chunk, fills, scratch)
-            else:
-                self._scatter(chunk, self._read(chunk, memory, scratch), fills)
+            stored = kept.get(chunk)
+            if stored is not None:
+                rank, i = chunk
+                self.chunks[rank].read_stored(i, stored)
+            self._fill(chunk, needed.get(chunk, ()), scratch, stored)
 
         every = [(r, i) for r, rank in enumerate(self.chunks) for i in range(len(rank.records))]
         in_parallel(every, check, self._longest)
@@ -188,41 +186,34 @@ class Checkpoint:
         return needed
 
     def _memory_to_keep(self, chunks: Iterable[ChunkId], limit_bytes: int) -> dict[ChunkId, Bytes]:
-        """Return memory for the first chunks, as many as fit, that are dear to read twice.
+        """Return memory for the stored bytes of the first chunks, as many as fit.
 
-        The page cache holds a chunk that need not be decoded just as well: to take memory from the
-        system costs more than to read it twice.
+        What is in the page cache is as well there: to take memory from the system costs more than
+        to read it twice.
         """
         kept: dict[ChunkId, Bytes] = {}
         for rank, i in sorted(chunks):
-            if self.chunks[rank].is_cheap_to_read(i):
+            if self.chunks[rank].is_cached(i):
                 continue
-            chunk = self.chunks[rank].records[i]
-            limit_bytes -= chunk.raw_length
+            nbytes = self.chunks[rank].records[i].length
+            limit_bytes -= nbytes
             if limit_bytes < 0:
                 break
             try:
-                # huge where O_DIRECT reads into it
-                kept[rank, i] = pages(chunk.raw_length, huge=chunk.coding == "raw")
+                kept[rank, i] = pages(nbytes, huge=True)  # O_DIRECT reads into it
             except OSError:  # no room after all: everything can be read twice
                 break
         return kept
 
-    def _fill(self, chunk: ChunkId, fills: Sequence[Fill], scratch: Scratch) -> None:
-        """Read a chunk straight into what it fills, if that is one piece of memory."""
+    def _fill(
+        self, chunk: ChunkId, fills: Sequence[Fill], scratch: Scratch, stored: Bytes | None
+    ) -> None:
+        """Read a chunk, straight into what it fills if that is one piece of memory."""
         rank, i = chunk
-        low, high = self.chunks[rank].addresses[i : i + 2]
-        fill = fills[0]
-        if len(fills) == 1 and fill.start <= low and high <= fill.stop:
-            self._read(chunk, fill.part(low, high), scratch)
-            fill.filled(high - low)
+        chunks = self.chunks[rank]
+        low, high = chunks.addresses[i : i + 2]
+        if len(fills) == 1 and fills[0].start <= low and high <= fills[0].stop:
+            chunks.read(i, fills[0].part(low, high), scratch, stored)
+            fills[0].filled(high - low)
         else:
-            self._scatter(chunk, self._read(chunk, None, scratch), fills)
-
-    def _read(self, chunk: ChunkId, memory: Bytes | None, scratch: Scratch) -> Bytes:
-        rank, i = chunk
-        return self.chunks[rank].read(i, memory, scratch)
-
-    def _scatter(self, chunk: ChunkId, raw: Bytes, fills: Iterable[Fill]) -> None:
-        rank, i = chunk
-        scatter(raw, self.chunks[rank].addresses[i], fills)
+            scatter(chunks.read(i, None, scratch, stored), low, fills)

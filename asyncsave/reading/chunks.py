@@ -1,7 +1,7 @@
 """Chunks: those of one rank: which addresses each has, and its bytes, checked and decoded.
 
-A chunk is read once, its checksum is compared before it is decoded and another one after, and it is
-decoded straight into the memory that it is for, if that is one piece.
+A chunk's checksum is compared before it is decoded, and another one after, and it is decoded
+straight into the memory that it is for, if that is one piece.
 """
 
 from __future__ import annotations
@@ -45,15 +45,18 @@ class Chunks:
         first = bisect.bisect_right(self.addresses, start) - 1
         return range(first, bisect.bisect_left(self.addresses, stop, first))
 
-    def is_cheap_to_read(self, i: int) -> bool:
-        """Whether a chunk need not be decoded, and is in the page cache."""
+    def is_cached(self, i: int) -> bool:
+        """Whether a chunk is in the page cache."""
         chunk = self.records[i]
-        return chunk.coding == "raw" and self._files[chunk.file].is_cached(
-            chunk.offset, chunk.length
-        )
+        return self._files[chunk.file].is_cached(chunk.offset, chunk.length)
 
-    def read(self, i: int, memory: Bytes | None, scratch: Scratch) -> Bytes:
-        """Return a chunk's bytes, decoded, in ``memory``, or else in the scratch's.
+    def read(
+        self, i: int, memory: Bytes | None, scratch: Scratch, stored: Bytes | None = None
+    ) -> Bytes:
+        """Return a chunk's bytes, decoded, in ``memory``, or else wherever they are.
+
+        Args:
+            stored: what `read_stored` has returned, if it was called before.
 
         Raises:
             IntegrityError: they are not what was written.
@@ -61,13 +64,18 @@ class Chunks:
         """
         chunk = self.records[i]
         if chunk.coding == "raw":
-            raw = scratch.stored[: chunk.length] if memory is None else memory
-            self._read_stored(i, raw)
             if chunk.raw_xxh3_128 != chunk.xxh3_128:
                 raise self._damage(chunk, "has two checksums that contradict each other")
-            return raw
+            if stored is None:
+                into = scratch.stored[: chunk.length] if memory is None else memory
+                return self.read_stored(i, into)
+            if memory is None:
+                return stored
+            np.copyto(memory, stored)
+            return memory
+        if stored is None:
+            stored = self.read_stored(i, scratch.stored[: chunk.length])
         raw = scratch.raw[: chunk.raw_length] if memory is None else memory
-        stored = self._read_stored(i, scratch.stored[: chunk.length])
         try:
             scratch.decoder.decode(stored, chunk.coding, chunk.parts, raw)
         except ValueError as cause:
@@ -95,7 +103,7 @@ class Chunks:
                     end += nbytes
                 end = offset + length
 
-    def _read_stored(self, i: int, memory: Bytes) -> Bytes:
+    def read_stored(self, i: int, memory: Bytes) -> Bytes:
         """Read a chunk's stored bytes into ``memory``, check them, and return it."""
         chunk = self.records[i]
         count = self._files[chunk.file].read_into(chunk.offset, memory.data)
