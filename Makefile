@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 # One question each, in the order of a README reader's; about 50 minutes in all, with nothing else running.
-BENCHES := stall save codec memory restore many gil auto faults start
+BENCHES := stall save planes codec memory restore many gil auto faults start
 
 .PHONY: demo test test-slow test-matrix soak check wheel bench knobs clean
 
@@ -18,6 +18,8 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
+	ASYNCSAVE_KERNEL=numpy $(BIN)/python -m pytest -q --timeout 3600 tests/rooms/test_codec.py \
+	    tests/rooms/test_format.py tests/sweeps/test_damage.py tests/sweeps/test_hostile.py
 
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.sweeps.soak
@@ -66,7 +68,7 @@ knobs: $(VENV)/ready
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/ready: pyproject.toml Makefile
+$(VENV)/ready: pyproject.toml Makefile build_kernel.py asyncsave/codec/kernel.c
 	@echo "Setting up $(VENV), once: $(TORCH) and a dozen small packages. 1.1 GB on disk with a CPU build of torch;"
 	@echo "where pip picks a CUDA build, up to 3 GB to fetch and 5 GB on disk. One to five minutes."
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "asyncsave needs Python 3.11 or newer"'

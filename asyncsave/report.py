@@ -28,6 +28,7 @@ class SaveReport:
         chunks: how many chunks were written.
         encoded_chunks: how many of them are stored compressed.
         tensors: how many tensors, arrays and long bytes the state had.
+        kernel: what splits elements into byte planes, "compiled" code or "NumPy".
     """
 
     step: int | None
@@ -42,6 +43,7 @@ class SaveReport:
     chunks: int
     encoded_chunks: int
     tensors: int
+    kernel: str
 
     @property
     def ratio(self) -> float:

@@ -5,6 +5,7 @@ A new one is a function that returns a `Coding`, and a line in `codings`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,8 @@ def zstd_coding(level: int) -> Coding:
 
 def zipnn_coding() -> Coding:
     """Return ZipNN for the dtype."""
-    from zipnn import ZipNN
+    with warnings.catch_warnings(action="ignore"):  # of what it uses of torch
+        from zipnn import ZipNN
 
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -124,12 +126,49 @@ def blosc2_coding() -> Coding:
     return Coding("Blosc2, shuffle + zstd 1", make, threads=True)
 
 
+def openzl_coding() -> Coding:
+    """Return OpenZL with its own nodes for floats: exponents entropy-coded, the rest as it is."""
+    import openzl.ext as zl
+
+    nodes = {
+        torch.float32: zl.nodes.Float32Deconstruct,
+        torch.bfloat16: zl.nodes.BFloat16Deconstruct,
+        torch.float16: zl.nodes.Float16Deconstruct,
+    }
+
+    def make(dtype: torch.dtype, _: int) -> tuple[Encode, Decode]:
+        compressor, coder, decoder = zl.Compressor(), zl.CCtx(), zl.DCtx()
+        # a half's sign and fraction are 11 bits in two bytes: stored, they would eat what is saved
+        rest = zl.graphs.Entropy() if dtype == torch.float16 else zl.graphs.Store()
+        entropy = zl.graphs.Entropy()(compressor)
+        graph = nodes[dtype]()(compressor, sign_frac=rest(compressor), exponent=entropy)
+        compressor.set_parameter(zl.CParam.FormatVersion, zl.MAX_FORMAT_VERSION)
+        compressor.select_starting_graph(graph)
+        elements = np.dtype(f"<u{dtype.itemsize}")
+
+        def encode(raw: Bytes) -> Any:
+            coder.ref_compressor(compressor)
+            return coder.compress([zl.Input(zl.Type.Numeric, raw.view(elements))])
+
+        def decode(coded: bytes, _: Bytes) -> Any:
+            (output,) = decoder.decompress(coded)
+            return output.content.as_nparray()
+
+        return encode, decode
+
+    return Coding("OpenZL, float deconstruct", make)
+
+
 def codings(levels: Sequence[int]) -> tuple[list[Coding], dict[str, str]]:
     """Return all that can be measured here, and why the others cannot."""
     found = [asyncsave_coding(level) for level in levels]
     found += [asyncsave_coding(1, byte_planes=False), zstd_coding(1), zstd_coding(3)]
     missing = {}
-    for name, make in (("ZipNN", zipnn_coding), ("Blosc2, shuffle + zstd 1", blosc2_coding)):
+    for name, make in (
+        ("ZipNN", zipnn_coding),
+        ("Blosc2, shuffle + zstd 1", blosc2_coding),
+        ("OpenZL, float deconstruct", openzl_coding),
+    ):
         try:
             found.append(make())
         except ImportError as cause:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 import asyncsave
+from asyncsave.codec import kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +71,7 @@ def provenance(command: Sequence[str], device: str, directory: Path) -> dict[str
             "asyncsave": asyncsave.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
+            "byte planes": kernel.NAME,
             "system": f"{platform.system()} {platform.release()}",
         },
         "hardware": {

@@ -30,9 +30,11 @@ def _descriptors() -> dict[str, str]:
     found = {}
     for name in set(os.listdir("/proc/self/fd")) - children.kept()[0]:
         try:
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
+            path = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the listing's own descriptor
+        if not path.endswith(".ttf"):  # matplotlib, where it is installed, keeps its fonts open
+            found[name] = path
     return found
 
 

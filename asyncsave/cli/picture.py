@@ -23,8 +23,8 @@ def show(report: TuneReport, console: Console, *, every_row: bool) -> None:
     rows = report.rows if every_row else _few(report)
     table = Table(
         title=f"{report.state_bytes / 1e9:.3g} GB of state, {report.encoders} "
-        f"encoder{'s' if report.encoders > 1 else ''}, "
-        f"disk of {escape(str(report.directory))}",
+        f"encoder{'s' if report.encoders > 1 else ''} "
+        f"({report.kernel}), disk of {escape(str(report.directory))}",
         caption=_caption(report, len(report.rows) - len(rows)),
     )
     for name in ("level", "ratio", "encode GB/s", "CPU s", "durable s", ""):

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ..codec import kernel
 from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.records import ChunkRecord
 from ..report import SaveReport
@@ -202,6 +203,7 @@ class Save:
             chunks=len(self.chunks),
             encoded_chunks=sum(chunk.coding != "raw" for chunk in self.chunks.values()),
             tensors=len(self.names),
+            kernel=kernel.NAME,
         )
 
     def _fence_seconds(self) -> float:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ..available import available_memory
+from ..codec import kernel
 from ..codec.compression import Compression
 from ..codec.frame import Encoder, coding_for
 from ..errors import ConfigError, looking
@@ -211,6 +212,7 @@ class _Measuring:
             state_bytes=self._sample.state_bytes,
             directory=directory,
             encoders=self._encoders,
+            kernel=kernel.NAME,
             seconds=time.perf_counter() - self._began,
         )
 

@@ -54,6 +54,7 @@ class TuneReport:
         state_bytes: length of everything with bulk in the state.
         directory: on which disk the saves were.
         encoders: how many threads encoded.
+        kernel: what split elements into byte planes, "compiled" code or "NumPy".
         seconds: how long it took.
     """
 
@@ -62,6 +63,7 @@ class TuneReport:
     state_bytes: int
     directory: Path
     encoders: int
+    kernel: str
     seconds: float
 
     def row(self, level: int) -> TuneRow:

@@ -250,7 +250,7 @@ def row(level: int, seconds: float, stored: int = 100, cpu: float = 1.0, **more:
 
 
 def report(*rows: TuneRow) -> TuneReport:
-    return TuneReport(rows, (), 1000, Path("/disk"), 2, 1.0)
+    return TuneReport(rows, (), 1000, Path("/disk"), 2, "compiled", 1.0)
 
 
 def test_the_soonest_is_best() -> None:

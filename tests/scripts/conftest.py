@@ -84,7 +84,7 @@ def run(
 
 def outcome(name: str, path: Path) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(path.read_text())
-    assert set(results["versions"]) == {"asyncsave", "torch", "python", "system"}
+    assert set(results["versions"]) == {"asyncsave", "torch", "python", "system", "byte planes"}
     assert results["hardware"]["cpu"]
     assert results["hardware"]["cores"] >= 1
     assert results["hardware"]["memory_bytes"] > 0

@@ -18,11 +18,24 @@ from typing import Any
 
 import pytest
 
+from asyncsave.codec import kernel
 from tests.scripts.conftest import ROOT, Run, class_of, outcome
 
 pytestmark = pytest.mark.xdist_group("scripts")  # they share a process of their own
 
-SCRIPTS = ("auto", "codec", "faults", "gil", "many", "memory", "restore", "save", "stall", "start")
+SCRIPTS = (
+    "auto",
+    "codec",
+    "faults",
+    "gil",
+    "many",
+    "memory",
+    "planes",
+    "restore",
+    "save",
+    "stall",
+    "start",
+)
 FIGURES = {
     "blocked_seconds",
     "fence_seconds",
@@ -131,6 +144,25 @@ def test_save_as_a_script(tmp_path: Path) -> None:
         assert row["first_seconds"]["median"] == turn["blocked"][0]
     assert len(results["bars"]) == 7
     assert "first, off, prewarmed / a later one ≤ 1.5" in printed
+
+
+def test_planes(run: Run) -> None:
+    results, printed = run("planes")
+    ways = {"copy", "split, NumPy", "join, NumPy"}
+    if kernel.LIBRARY.exists():
+        ways |= {"split, compiled", "join, compiled"}
+    assert [row["coding"] for row in results["rows"]] == [
+        "exp32",
+        "exp16",
+        "bytes2",
+        "bytes4",
+        "bytes8",
+    ]
+    for row in results["rows"]:
+        assert set(row["ms"]) == ways
+        assert all(each["median"] > 0 for each in row["ms"].values())
+    assert results["versions"]["byte planes"] in ("compiled", "NumPy")
+    assert "split, compiled, float32 / copy ≤ 1.3" in printed
 
 
 def test_codec(run: Run, tmp_path: Path) -> None:
