@@ -41,9 +41,11 @@ from loads import KINDS, MAPPED, RESTORE_1, RESTORE_OFF, TORCH, Load, Tensors, l
 from rich.table import Table
 
 BARS = (
-    (RESTORE_OFF, "cold", 1.2, TORCH),
-    (RESTORE_OFF, "warm", 1.0, MAPPED),
-    (RESTORE_1, "cold", 1.0, TORCH),
+    (RESTORE_OFF, "cold", 1.5, TORCH),
+    (RESTORE_OFF, "warm", 1.5, TORCH),
+    (RESTORE_OFF, "warm", 1.1, MAPPED),
+    (RESTORE_1, "cold", 1.3, TORCH),
+    (RESTORE_1, "warm", 1.3, TORCH),
 )
 
 
