@@ -106,9 +106,12 @@ _PREFIX = b'{"xxh3_128":"'
 _DIGEST_END = len(_PREFIX) + 32
 
 
-def digest(data: bytes | bytearray | memoryview) -> str:
-    """Return the xxh3-128 of ``data`` as 32 lower-case hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(data)
+def digest(*pieces: bytes | bytearray | memoryview) -> str:
+    """Return the xxh3-128 of bytes, end to end, as 32 lower-case hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
 
 
 def encode_rank(record: RankRecord) -> bytes:

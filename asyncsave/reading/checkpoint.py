@@ -27,11 +27,15 @@ from ..storage.place import Place
 from ..storage.steps import check_name
 from .chunks import Chunks
 from .files import check_length, read_first, read_whole
-from .fill import Fill, scatter
+from .fill import Fill, scatter, tiles
 from .workers import Scratch, in_parallel
 
 ChunkId = tuple[int, int]
 """The rank that has a chunk, and the chunk's number there."""
+
+
+_PIECE_BYTES = 256 << 10
+"""On average, a chunk that is read into several pieces of memory fills so much of each, or more."""
 
 
 class Checkpoint:
@@ -208,12 +212,23 @@ class Checkpoint:
     def _fill(
         self, chunk: ChunkId, fills: Sequence[Fill], scratch: Scratch, stored: Bytes | None
     ) -> None:
-        """Read a chunk, straight into what it fills if that is one piece of memory."""
+        """Read a chunk, straight into what it fills if that is possible, and not too little each.
+
+        What is decoded goes into one piece of memory alone, what is stored as it is into several.
+        """
         rank, i = chunk
         chunks = self.chunks[rank]
         low, high = chunks.addresses[i : i + 2]
-        if len(fills) == 1 and fills[0].start <= low and high <= fills[0].stop:
-            chunks.read(i, fills[0].part(low, high), scratch, stored)
-            fills[0].filled(high - low)
-        else:
+        few = 1
+        if stored is None and chunks.is_plain(i):
+            few = max(few, (high - low) // _PIECE_BYTES)
+        pieces = tiles(fills, low, high) if len(fills) <= few else []
+        if not pieces:
             scatter(chunks.read(i, None, scratch, stored), low, fills)
+            return
+        if len(pieces) == 1:
+            chunks.read(i, pieces[0], scratch, stored)
+        else:
+            chunks.read_stored(i, *pieces)
+        for fill, piece in zip(fills, pieces, strict=True):
+            fill.filled(piece.size)

@@ -45,6 +45,10 @@ class Chunks:
         first = bisect.bisect_right(self.addresses, start) - 1
         return range(first, bisect.bisect_left(self.addresses, stop, first))
 
+    def is_plain(self, i: int) -> bool:
+        """Whether a chunk is stored as it is."""
+        return self.records[i].coding == "raw"
+
     def is_cached(self, i: int) -> bool:
         """Whether a chunk is in the page cache."""
         chunk = self.records[i]
@@ -56,7 +60,7 @@ class Chunks:
         """Return a chunk's bytes, decoded, in ``memory``, or else wherever they are.
 
         Args:
-            stored: what `read_stored` has returned, if it was called before.
+            stored: where `read_stored` has put it, if that was called before.
 
         Raises:
             IntegrityError: they are not what was written.
@@ -64,17 +68,17 @@ class Chunks:
         """
         chunk = self.records[i]
         if chunk.coding == "raw":
-            if chunk.raw_xxh3_128 != chunk.xxh3_128:
-                raise self._damage(chunk, "has two checksums that contradict each other")
             if stored is None:
-                into = scratch.stored[: chunk.length] if memory is None else memory
-                return self.read_stored(i, into)
+                raw = scratch.stored[: chunk.length] if memory is None else memory
+                self.read_stored(i, raw)
+                return raw
             if memory is None:
                 return stored
             np.copyto(memory, stored)
             return memory
         if stored is None:
-            stored = self.read_stored(i, scratch.stored[: chunk.length])
+            stored = scratch.stored[: chunk.length]
+            self.read_stored(i, stored)
         raw = scratch.raw[: chunk.raw_length] if memory is None else memory
         try:
             scratch.decoder.decode(stored, chunk.coding, chunk.parts, raw)
@@ -103,13 +107,21 @@ class Chunks:
                     end += nbytes
                 end = offset + length
 
-    def read_stored(self, i: int, memory: Bytes) -> Bytes:
-        """Read a chunk's stored bytes into ``memory``, check them, and return it."""
+    def read_stored(self, i: int, *pieces: Bytes) -> None:
+        """Read a chunk's stored bytes into pieces of memory, end to end, and check them.
+
+        Raises:
+            IntegrityError, LoadError: see `read`.
+        """
         chunk = self.records[i]
-        count = self._files[chunk.file].read_into(chunk.offset, memory.data)
-        if count != chunk.length or digest(memory.data) != chunk.xxh3_128:
+        file, at = self._files[chunk.file], chunk.offset
+        for piece in pieces:
+            at += file.read_into(at, piece.data)
+        found = digest(*(piece.data for piece in pieces))
+        if at != chunk.offset + chunk.length or found != chunk.xxh3_128:
             raise self._damage(chunk, "does not have the checksum it was written with")
-        return memory
+        if chunk.coding == "raw" and chunk.raw_xxh3_128 != chunk.xxh3_128:
+            raise self._damage(chunk, "has two checksums that contradict each other")
 
     def _damage(self, chunk: ChunkRecord, what: str) -> IntegrityError:
         path = self._files[chunk.file].path

@@ -60,6 +60,22 @@ class Fill:
             self._memory = _NOTHING  # what was only on the way is not needed any more
 
 
+def tiles(fills: Iterable[Fill], start: int, stop: int) -> list[Bytes]:
+    """Return the memory of fills, in address order, for ``start`` to ``stop``; [] if it has gaps.
+
+    Or if fills overlap there.
+    """
+    pieces: list[Bytes] = []
+    at = start
+    for fill in fills:
+        if fill.start > at or (fill.start < at and pieces):
+            return []
+        last = min(stop, fill.stop)
+        pieces.append(fill.part(at, last))
+        at = last
+    return pieces if at == stop else []
+
+
 def scatter(raw: Bytes, start: int, fills: Iterable[Fill]) -> None:
     """Copy to each fill what it needs of the bytes ``raw``, whose first address is ``start``."""
     stop = start + raw.size

@@ -95,9 +95,18 @@ class _Crew(Generic[_T]):
             for i, turn in enumerate(turns)
         ]
         try:
+            started = 0
             for reader in readers:
-                reader.start()
-            for reader in readers:
+                try:
+                    reader.start()
+                except RuntimeError as refused:
+                    if "can't start" not in str(refused):  # an interrupt may end as one, too
+                        raise
+                    break  # the system has no more threads: fewer do it all
+                started += 1
+            if not started:
+                self.work(turns[0])
+            for reader in readers[:started]:
                 reader.join()
         except BaseException:
             # An interrupt. Who called this is about to close the files, and the memory is that of

@@ -6,6 +6,7 @@ import collections
 import copy
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -569,3 +570,40 @@ def test_device_is_checked(tmp_path: Path) -> None:
         asyncsave.load(tmp_path / "nothing is read", device=lacks)
     loaded = asyncsave.load(tmp_path / "a", device="meta")
     assert loaded["x"].is_meta
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_where_the_system_has_no_more_threads_fewer_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    state = {f"w{i}": torch.randn(1 << 20) for i in range(9)}
+    asyncsave.save(state, tmp_path / "a", compression="off").result()
+    start, begun = threading.Thread.start, 0
+
+    def scarce(thread: threading.Thread) -> None:
+        nonlocal begun
+        if thread.name.startswith("asyncsave-read"):
+            begun += 1
+            if begun > threads:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    assert_same(asyncsave.load(tmp_path / "a"), state)
+    assert begun == threads + 1
+
+
+@pytest.mark.parametrize("compression", ["off", 1])
+@pytest.mark.parametrize("elements", [1, 70_000, 300_001, 1 << 20, (4 << 20) + 5])
+def test_tensors_of_any_length_are_filled_in_pieces(
+    tmp_path: Path, elements: int, compression: Any
+) -> None:
+    """A chunk may be part of one tensor, a few, or many; and some of them are not wanted."""
+    state = {f"w{i}": torch.randn(elements + i) for i in range(11)}
+    asyncsave.save(state, tmp_path / "a", compression=compression).result()
+    into = {name: torch.zeros_like(value) for name, value in state.items()}
+    asyncsave.restore(tmp_path / "a", into)
+    assert_same(into, state)
+    some = {name: torch.zeros_like(state[name]) for name in ("w1", "w2", "w5")}
+    asyncsave.restore(tmp_path / "a", some, keys=list(some))
+    assert_same(some, {name: state[name] for name in some})
