@@ -528,7 +528,7 @@ def test_an_error_that_is_a_bug_is_still_a_save_error(
         ckpt.save(1, state_of(1), block=True)
         with monkeypatch.context() as patch:
             if where == "the encoder":
-                patch.setattr(xxhash, "xxh3_128_hexdigest", broken)  # the first thing it calls
+                patch.setattr(xxhash, "xxh3_128", broken)  # the first thing it calls
             disk.broken = where == "the disk"
             handle = ckpt.save(2, state_of(2))
             assert handle is not None
