@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,25 @@ def make_newer(checkpoint: Path) -> None:
     record = json.loads((checkpoint / "checkpoint.json").read_bytes())
     del record["xxh3_128"]
     sign_text(checkpoint, json.dumps(record | {"format": 2}))
+
+
+def at_once(count: int, act: Callable[[], Any]) -> list[Any]:
+    """Let so many threads begin to act together; return what each returned, or what it raised."""
+    barrier, outcomes = threading.Barrier(count), []
+
+    def run() -> None:
+        barrier.wait()
+        try:
+            outcomes.append(act())
+        except BaseException as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

@@ -23,7 +23,7 @@ from asyncsave import Checkpointer
 from asyncsave.storage.place import PathLike
 from tests import children
 from tests.doubles.disks import GatedDisk
-from tests.support import assert_same, eventually
+from tests.support import assert_same, at_once, eventually
 
 STATE = {"w": torch.arange(1000.0), "n": 1}
 
@@ -62,22 +62,9 @@ def in_child(check: Any) -> int:
 
 
 def test_many_threads_want_one_directory_and_one_gets_it(tmp_path: Path) -> None:
-    got: list[Checkpointer] = []
-    refused: list[Exception] = []
-    barrier = threading.Barrier(8)
-
-    def want() -> None:
-        barrier.wait()
-        try:
-            got.append(make(tmp_path, signals=()))
-        except asyncsave.BusyError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=want) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    outcomes = at_once(8, lambda: make(tmp_path, signals=()))
+    got = [each for each in outcomes if isinstance(each, Checkpointer)]
+    refused = [each for each in outcomes if isinstance(each, asyncsave.BusyError)]
     assert (len(got), len(refused)) == (1, 7)
     got[0].save(1, STATE, block=True)
     got[0].close()

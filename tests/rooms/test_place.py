@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
@@ -24,6 +23,7 @@ from asyncsave.storage.local import LOCAL
 from asyncsave.storage.place import Place, place_of
 from tests.doubles.disks import WrappedDisk, WrappedFile
 from tests.doubles.fault_disk import FaultDisk, Faults
+from tests.support import at_once
 
 # -- errors ---------------------------------------------------------------------------------------
 
@@ -440,21 +440,7 @@ def test_somebody_else_is_in_the_way(
 
 def test_many_make_the_same_ones(tmp_path: Path) -> None:
     place = Place(tmp_path.joinpath(*"abcdefgh"))
-    barrier, errors = threading.Barrier(8), []
-
-    def make() -> None:
-        barrier.wait()
-        try:
-            place.make_directories()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=make) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    assert at_once(8, place.make_directories) == [None] * 8
     assert place.is_directory()
 
 

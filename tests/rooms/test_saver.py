@@ -24,7 +24,7 @@ from asyncsave.pages import PAGE_BYTES
 from tests import children
 from tests.doubles.disks import AskingDisk, NoExchangeDisk
 from tests.doubles.fault_disk import FaultDisk, Faults
-from tests.support import assert_same, eventually
+from tests.support import assert_same, at_once, eventually
 
 
 def state_of(number: int) -> dict[str, Any]:
@@ -274,25 +274,10 @@ def test_logging_that_raises_ends_no_save_and_no_saver(tmp_path: Path) -> None:
 
 def test_closing_again_from_any_thread_is_fine(tmp_path: Path) -> None:
     """Also from one that has the number which the event loop's thread had."""
-    refused: list[BaseException] = []
-
-    def close(saver: Saver, begin: threading.Event) -> None:
-        begin.wait()
-        try:
-            saver.close()
-        except BaseException as error:
-            refused.append(error)
-
     for _ in range(3):
-        saver, begin = Saver(), threading.Event()
+        saver = Saver()
         saver.close()
-        threads = [threading.Thread(target=close, args=(saver, begin)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        begin.set()
-        for thread in threads:
-            thread.join()
-    assert not refused
+        assert at_once(8, saver.close) == [None] * 8
 
 
 SCARCE = """

@@ -67,6 +67,8 @@ class Point:
         how: raises there.
     """
 
+    watch = staticmethod(sys.setprofile)
+
     def __init__(self, n: int, kinds: set[str], how: Callable[[], None]) -> None:
         self.n, self.kinds, self.how = n, kinds, how
         self.seen = 0
@@ -82,18 +84,18 @@ class Point:
             self.where = f"{kind} {self.n}: {code.co_filename}:{frame.f_lineno} {code.co_name}"
             if arg is not None:
                 self.where += f" after {arg!r}"
-            sys.setprofile(None)
+            self.watch(None)
             self.how()
 
     def run(self, call: Callable[[], object]) -> None:
         """Make the call, and swallow the interrupt."""
-        sys.setprofile(self)
+        self.watch(self)
         try:
             call()
         except (KeyboardInterrupt, SystemExit) as stop:
             self.stop = stop
         finally:
-            sys.setprofile(None)
+            self.watch(None)
 
     def told(self) -> bool:
         """Whether who reads the interrupt's traceback reads of the failed save as well."""
@@ -109,6 +111,8 @@ class Instruction(Point):
     Not of what starts them: between two instructions there, Python forgets what it has begun.
     """
 
+    watch = staticmethod(sys.settrace)
+
     def __call__(self, frame: FrameType, kind: str, arg: Any) -> Any:
         code = frame.f_code
         joins = code.co_qualname in ("Thread.join", "Thread._wait_for_tstate_lock")
@@ -121,17 +125,8 @@ class Instruction(Point):
         if self.seen != self.n:
             return self
         self.where = f"{self.n}: {code.co_filename}:{frame.f_lineno} {code.co_name} {frame.f_lasti}"
-        sys.settrace(None)
+        self.watch(None)
         return self.how()
-
-    def run(self, call: Callable[[], object]) -> None:
-        sys.settrace(self)
-        try:
-            call()
-        except (KeyboardInterrupt, SystemExit) as stop:
-            self.stop = stop
-        finally:
-            sys.settrace(None)
 
 
 class FailingDisk(WrappedDisk):
