@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import enum
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -35,10 +34,8 @@ from ..snapshot.snapshotter import Staged
 from ..state.chunks import Plan
 from ..state.flatten import Flat
 from ..storage.place import Place
-from .handle import SaveHandle
+from .handle import SaveHandle, log_exception
 from .watchdog import Watchdog
-
-_log = logging.getLogger("asyncsave")
 
 
 class Snapshot(enum.Enum):
@@ -214,7 +211,7 @@ class Save:
         except Exception:
             # The device is in an error of the training's, say. The checkpoint is durable all the
             # same, and must not be called a failure for want of a figure.
-            _log.exception("how long the training stood at the fence is not known; it counts as 0")
+            log_exception("how long the training stood at the fence is not known; it counts as 0")
             return 0.0
 
     def elapsed(self) -> float:

@@ -33,6 +33,7 @@ from ..storage.draft import Draft
 from .budget import Memory, encoder_threads
 from .choose import LEAST_WRITES, Chooser
 from .encode import Encoding, Frame, Frames
+from .handle import log_exception
 from .save import Save, State
 from .workers import call
 
@@ -181,7 +182,7 @@ class Writing:
         try:
             await call(self._io, save.target.then)
         except Exception:
-            _log.exception("%s is durable, but tidying up after it failed", save.target.place)
+            log_exception("%s is durable, but tidying up after it failed", save.target.place)
 
     def _manifests(self, save: Save, data_bytes: int) -> tuple[bytes, bytes]:
         """Return the rank manifest and ``checkpoint.json``."""

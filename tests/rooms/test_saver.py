@@ -272,6 +272,23 @@ def test_logging_that_raises_ends_no_save_and_no_saver(tmp_path: Path) -> None:
     assert_same(asyncsave.load(tmp_path / "b"), state_of(2))
 
 
+def test_logging_that_raises_while_older_ones_are_pruned_fails_no_save(tmp_path: Path) -> None:
+    def ask(what: str, path: Path) -> None:
+        if what == "rename" and path.name.startswith(".step"):
+            raise OSError(errno.EBUSY, "busy")
+
+    log, unruly = logging.getLogger("asyncsave"), Unruly()
+    log.addHandler(unruly)
+    try:
+        with asyncsave.Checkpointer(AskingDisk(ask).at(tmp_path), keep_last=1) as run:
+            run.save(1, state_of(1), block=True)
+            run.save(2, state_of(2), block=True)
+            assert run.stats.saves == 2
+    finally:
+        log.removeHandler(unruly)
+    assert_same(asyncsave.load(tmp_path), state_of(2))
+
+
 def test_closing_again_from_any_thread_is_fine(tmp_path: Path) -> None:
     """Also from one that has the number which the event loop's thread had."""
     for _ in range(3):
