@@ -1,8 +1,8 @@
 """asyncsave writes PyTorch checkpoints in the background, inside a memory limit, and safely.
 
 See `Checkpointer` for training loops; `Saver` for saves to any path; `save`, `load`, `restore` and
-`verify` for single checkpoints; `tune` for which compression to use; `asyncsave.numpy` to load
-without torch.
+`verify` for single checkpoints; `check` and `register` for what a state may hold; `tune` for which
+compression to use; `asyncsave.numpy` to load without torch.
 
 Each name is imported when it is first asked for: whoever only looks at checkpoints waits for no
 torch, and needs none.
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .restoring.restore import load, restore
     from .run.checkpointer import Checkpointer
     from .saver import Saver, save
+    from .state.check import check
+    from .state.classes import register
     from .state.rng import RngState
     from .tuning.measure import tune
     from .tuning.report import TuneReport, TuneRow
@@ -75,8 +77,10 @@ _ROOMS = {
     "UnsupportedVersionError": "errors",
     "VerifyReport": "report",
     "WriteError": "errors",
+    "check": "state.check",
     "checkpoints": "reading.listing",
     "load": "restoring.restore",
+    "register": "state.classes",
     "restore": "restoring.restore",
     "save": "saver",
     "tune": "tuning.measure",
@@ -115,8 +119,10 @@ __all__ = [
     "VerifyReport",
     "WriteError",
     "__version__",
+    "check",
     "checkpoints",
     "load",
+    "register",
     "restore",
     "save",
     "tune",

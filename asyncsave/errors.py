@@ -4,7 +4,7 @@
 
     AsyncSaveError
     ├ ConfigError              an argument that cannot be, with what can          (ValueError)
-    ├ StateError               a value that cannot be saved, with its fqn         (TypeError)
+    ├ StateError               values that cannot be saved, all of them: .problems (TypeError)
     ├ ClosedError              used after close()                                 (RuntimeError)
     ├ BusyError                a save, or another Checkpointer, is at work        (RuntimeError)
     ├ CheckpointExistsError    the path is taken, overwrite is off                (FileExistsError)
@@ -31,6 +31,7 @@ import errno as _errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = [
     "AsyncSaveError",
@@ -45,6 +46,7 @@ __all__ = [
     "IntegrityError",
     "LoadError",
     "MismatchError",
+    "Problem",
     "SaveError",
     "StagingError",
     "StateError",
@@ -64,8 +66,44 @@ class ConfigError(AsyncSaveError, ValueError):
     """An argument has a value that it cannot have; the text says which it can."""
 
 
+class Problem(NamedTuple):
+    """A value that cannot be saved.
+
+    Attributes:
+        fqn: where it is in the state; "" for the state itself.
+        type: what it is, with the name of its type.
+        hint: what to do about it.
+    """
+
+    fqn: str
+    type: str
+    hint: str
+
+    def __str__(self) -> str:
+        where = repr(self.fqn) if self.fqn else "the state itself"
+        return f"{where} is a {self.type}, which asyncsave cannot save: {self.hint}"
+
+
 class StateError(AsyncSaveError, TypeError):
-    """A value in the state cannot be saved; the text names its fqn and its type."""
+    """Values in the state cannot be saved; the text names each by its fqn and its type.
+
+    Attributes:
+        problems: one for each of them, see `Problem`; none if what is wrong is no single value.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message or _listed(self.problems))
+
+
+def _listed(problems: Sequence[Problem]) -> str:
+    if len(problems) == 1:
+        return str(problems[0])
+    lines = [f"{len(problems)} values of the state cannot be saved:"]
+    lines += [f"  {_shown(str(problem))}" for problem in problems[:50]]
+    if len(problems) > 50:
+        lines.append(f"  … and {len(problems) - 50} more, see .problems")
+    return "\n".join(lines)
 
 
 class ClosedError(AsyncSaveError, RuntimeError):

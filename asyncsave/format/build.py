@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import FormatError, LoadError
+from .kinds import MADE, PLAIN
 from .tree import (
     LITERALS,
     DictNode,
     ListNode,
+    MadeNode,
     NamedTupleNode,
     Node,
     ObjectNode,
     OrderedDictNode,
+    PlainNode,
     TensorNode,
     TupleNode,
+    TypedNode,
     Values,
     plain,
 )
@@ -60,8 +64,31 @@ def _build(node: Node, bulk: Callable[[int], Any], values: Values) -> Any:
             return tuple(items)
         return named_tuple(node.name, tuple(node.fields))(*items)
     if isinstance(node, ObjectNode):
-        return _build(node.state, bulk, values)
+        return _build(node.of, bulk, values)
+    if isinstance(node, TypedNode):
+        return values.typed(node.type, _build(node.of, bulk, values))
+    if isinstance(node, (PlainNode, MadeNode)):
+        return _build_kind(node, bulk, values)
     return plain(node, values)
+
+
+def _build_kind(node: PlainNode | MadeNode, bulk: Callable[[int], Any], values: Values) -> Any:
+    of = _build(node.of, bulk, values)
+    args = _build(node.args, bulk, values) if isinstance(node, MadeNode) else None
+    try:
+        if node.type.startswith("torch."):
+            return values.made(node.type, of, args)
+        if isinstance(node, PlainNode):
+            return PLAIN[node.type].together(of)
+        together = MADE[node.type].together
+        assert together is not None
+        return together(of, args)
+    except (*IMPOSSIBLE, ArithmeticError, LookupError, AttributeError) as cause:
+        if isinstance(cause, LoadError):
+            raise
+        raise FormatError(
+            f"the checkpoint has an impossible {node.type}: {cause!r:.200}"
+        ) from cause
 
 
 def _build_dict(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import MismatchError
 from .select import OMITTED, names
-from .tree import CONTAINERS, Node
+from .tree import Node, is_leaf
 
 _COMPARED = 10_000
 
@@ -17,11 +17,11 @@ _CHARACTERS = 16 << 20
 
 def leaf_names(tree: Node) -> list[str]:
     """Return the fqns of the values in a saved tree, as many as can reasonably be shown."""
-    if not isinstance(tree, CONTAINERS):
+    if is_leaf(tree):
         return [] if tree is OMITTED else [""]
     found, room = [], _CHARACTERS
     for name, node in names(tree):
-        if not isinstance(node, CONTAINERS) and node is not OMITTED:
+        if is_leaf(node) and node is not OMITTED:
             found.append(name)
             room -= len(name)
             if room < 0:

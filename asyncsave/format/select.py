@@ -12,7 +12,16 @@ from typing import Any
 import msgspec
 
 from ..errors import ConfigError
-from .tree import CONTAINERS, DictNode, Node, ObjectNode, OrderedDictNode, children, parts
+from .tree import (
+    CONTAINERS,
+    WRAPPERS,
+    DictNode,
+    Node,
+    ObjectNode,
+    OrderedDictNode,
+    children,
+    parts,
+)
 
 _LONGEST_NAME = 4096
 """Of a longer fqn, globs see the beginning: one long key would be in the names of all below it."""
@@ -30,7 +39,8 @@ def select(tree: Node, keys: str | Sequence[str]) -> tuple[Node, list[str]]:
 
     A key is a glob (``*`` also matches dots) for a leaf or for a container, which then stays
     whole. In dicts the other entries go; in lists and tuples they become OMITTED, so that positions
-    stay as they were. So does the tree, if nothing is named. `completed` makes it one to build.
+    stay as they were; of a value of another type stays the plain data that it is made of. So does
+    the tree, if nothing is named. `completed` makes it one to build.
     """
     selection = _Selection(patterns_of(keys))
     return selection.of(tree, ""), selection.unused
@@ -53,11 +63,11 @@ class _Selection:
         if name and self._names(name):
             self._note_inside(node, name)
             return node
-        if isinstance(node, ObjectNode):
-            inner = self.of(node.state, name)
-            if inner is OMITTED:
+        if isinstance(node, WRAPPERS):
+            inner = self.of(node.of, name)
+            if inner is OMITTED or not isinstance(node, ObjectNode):
                 return inner
-            return msgspec.structs.replace(node, state=inner)
+            return msgspec.structs.replace(node, of=inner)
         prefix = f"{name}." if name else ""
         parts = [self.of(part, (prefix + key)[:_LONGEST_NAME]) for key, part in children(node)]
         if not isinstance(node, CONTAINERS) or all(part is OMITTED for part in parts):
@@ -110,8 +120,8 @@ def is_named(name: str, patterns: Sequence[str]) -> bool:
 
 def names(node: Node, name: str = "") -> Iterator[tuple[str, Node]]:
     """Yield the fqn and record of everything below ``node``, containers included."""
-    if isinstance(node, ObjectNode):
-        yield from names(node.state, name)
+    if isinstance(node, WRAPPERS):
+        yield from names(node.of, name)
     prefix = f"{name}." if name else ""
     for key, child in children(node):
         inner = (prefix + key)[:_LONGEST_NAME]
@@ -123,8 +133,8 @@ def completed(node: Node) -> Node:
     """Return ``node`` with None in place of what was left out, as it can be built."""
     if node is OMITTED:
         return None
-    if isinstance(node, ObjectNode):
-        return msgspec.structs.replace(node, state=completed(node.state))
+    if isinstance(node, WRAPPERS):
+        return msgspec.structs.replace(node, of=completed(node.of))
     if isinstance(node, (DictNode, OrderedDictNode)):
         return msgspec.structs.replace(node, values=[completed(value) for value in node.values])
     if isinstance(node, CONTAINERS):

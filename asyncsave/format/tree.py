@@ -69,11 +69,40 @@ class NamedTupleNode(_Node, frozen=True, tag="namedtuple"):
     items: list[Node]
 
 
-class ObjectNode(_Node, frozen=True, tag="object"):
+class ObjectNode(_Node, frozen=True, tag="object", rename={"of": "state"}):
     """An object with ``state_dict()``: the name of its type, for people, and what it returned."""
 
     type: str
-    state: Node
+    of: Node
+
+
+class TypedNode(_Node, frozen=True, tag="typed"):
+    """A value of a class of the program's: the class's name, and the plain value ``of`` it.
+
+    A name is data: a reader gives the plain value, except for names that its program has registered
+    itself.
+    """
+
+    type: str
+    of: Node
+
+
+class MadeNode(_Node, frozen=True, tag="made"):
+    """A value that is made of others, which may have bulk: of a type in the list MADE, kinds.py.
+
+    ``args`` is a key, the rest of what it is made of.
+    """
+
+    type: str
+    of: Node
+    args: Node = None
+
+
+class PlainNode(_Node, frozen=True, tag="plain"):
+    """A plain value of a type in the list PLAIN, kinds.py, and a key, what it is made of."""
+
+    type: str
+    of: Node
 
 
 class IntNode(_Node, frozen=True, tag="int"):
@@ -136,6 +165,9 @@ Node = Union[  # noqa: UP007 - a forward reference, resolved by msgspec
     TupleNode,
     NamedTupleNode,
     ObjectNode,
+    TypedNode,
+    MadeNode,
+    PlainNode,
     IntNode,
     FloatNode,
     ComplexNode,
@@ -156,14 +188,25 @@ class Values:
         size: makes a tensor's lengths.
         dtype: makes a dtype of its name without ``torch.``.
         device: makes a device of its name, as in ``cuda:0``.
+        made: makes a value of one of torch's types in kinds.py: of its name there, of what it is
+            made of, and of the rest.
+        typed: makes a value of a class of the program's, of its name and its plain value.
     """
 
     size: Callable[[list[int]], Any]
     dtype: Callable[[str], Any]
     device: Callable[[str], Any]
+    made: Callable[[str, Any, Any], Any]
+    typed: Callable[[str, Any], Any]
 
 
-NAMES = Values(size=tuple, dtype=DtypeNode, device=DeviceNode)
+NAMES = Values(
+    size=tuple,
+    dtype=DtypeNode,
+    device=DeviceNode,
+    made=lambda name, of, args: (name, of, args),
+    typed=lambda name, of: of,
+)
 """Without torch, equal where torch's are: to check records, also as keys."""
 
 
@@ -221,6 +264,9 @@ def numpy_scalar(node: NumpyNode) -> np.generic:
     return np.frombuffer(node.data, dtype=dtype)[0]  # type: ignore[no-any-return]
 
 
+UNHASHABLE = frozenset({"set", "slice"})
+"""Types of plain values that cannot be keys. (A slice can be from Python 3.12 on.)"""
+
 LITERALS = frozenset({bool, int, float, str, type(None)})
 """Types of the nodes that are their own values."""
 
@@ -231,7 +277,24 @@ CONTAINERS = (
     TupleNode,
     NamedTupleNode,
     ObjectNode,
+    TypedNode,
+    MadeNode,
 )
+
+WRAPPERS = (ObjectNode, TypedNode, MadeNode)
+"""Containers of one record, ``of``, which has the same fqn."""
+
+
+def unwrapped(node: Node) -> Node:
+    """Return what a record is a wrapper of, if it is one."""
+    while isinstance(node, WRAPPERS):
+        node = node.of
+    return node
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether a record holds no others that have names of their own."""
+    return not isinstance(unwrapped(node), CONTAINERS)
 
 
 def children(node: Node) -> Iterator[tuple[str, Node]]:
@@ -253,14 +316,19 @@ def parts(node: Node) -> Iterator[Node]:
             yield node.metadata
     elif isinstance(node, (ListNode, TupleNode, NamedTupleNode)):
         yield from node.items
-    elif isinstance(node, ObjectNode):
-        yield node.state
+    elif isinstance(node, MadeNode):
+        yield node.of
+        yield node.args
+    elif isinstance(node, (*WRAPPERS, PlainNode)):
+        yield node.of
 
 
 def is_key(node: Node) -> bool:
     """Whether a record can be a dict key: a plain value, or a tuple of such."""
     if isinstance(node, (TupleNode, NamedTupleNode)):
         return all(is_key(item) for item in node.items)
+    if isinstance(node, (TypedNode, PlainNode)):
+        return is_key(node.of) and not (isinstance(node, PlainNode) and node.type in UNHASHABLE)
     return not isinstance(node, (*CONTAINERS, TensorNode))
 
 
@@ -274,6 +342,8 @@ def key_name(key: Node) -> str:
         return key.hex  # a decimal of any length would take quadratic time
     if isinstance(key, (SizeNode, DtypeNode, DeviceNode)):
         return _torch_text(key)
+    if isinstance(key, (TypedNode, PlainNode)):
+        return key_name(key.of)
     return str(plain(key))
 
 
@@ -282,6 +352,13 @@ def _torch_text(node: SizeNode | DtypeNode | DeviceNode) -> str:
     if isinstance(node, SizeNode):
         return f"torch.Size([{', '.join(map(str, node.dims))}])"
     return f"torch.{node.name}" if isinstance(node, DtypeNode) else node.name
+
+
+def has_typed(node: Node) -> bool:
+    """Whether there is a value of one of the program's classes in ``node``."""
+    return isinstance(node, TypedNode) or any(
+        has_typed(part) for part in parts(node) if type(part) not in LITERALS
+    )
 
 
 def bulk_indices(tree: Node) -> list[int]:

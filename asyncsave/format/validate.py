@@ -10,8 +10,9 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedVersionError
 from .build import IMPOSSIBLE, build_keys, named_tuple
+from .kinds import MADE, PLAIN, has_form
 from .tree import (
     CONTAINERS,
     LITERALS,
@@ -19,15 +20,21 @@ from .tree import (
     MAX_ONE_HASH,
     NAMES,
     DictNode,
+    MadeNode,
     NamedTupleNode,
     Node,
     OrderedDictNode,
+    PlainNode,
     TensorNode,
+    TupleNode,
+    TypedNode,
     is_key,
     key_name,
     parts,
     plain,
 )
+
+_LONGEST_TYPE = 1000
 
 
 def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> None:
@@ -50,8 +57,11 @@ def validate_tree(node: Node, tensors: int, path: object, depth: int = 0) -> Non
     for part in parts(node):
         if type(part) not in LITERALS or depth == 2 * MAX_DEPTH:  # most keys need no call
             validate_tree(part, tensors, path, depth + 1)
-    if isinstance(node, (DictNode, OrderedDictNode)):  # after its parts: keys are not too deep now
+    # after its parts: keys are not too deep now
+    if isinstance(node, (DictNode, OrderedDictNode)):
         _validate_dict(node, path)
+    elif isinstance(node, PlainNode):
+        _validate_plain(node, path)
 
 
 def _check_itself(node: Node, path: object) -> None:
@@ -61,12 +71,34 @@ def _check_itself(node: Node, path: object) -> None:
             if len(node.fields) != len(node.items):
                 raise FormatError(f"{path} has a NamedTuple that is not as long as its names")
             named_tuple(node.name, tuple(node.fields))
+        elif isinstance(node, TypedNode):
+            if len(node.type) > _LONGEST_TYPE:
+                raise FormatError(f"{path} has a type with a name of {len(node.type)} characters")
+        elif isinstance(node, (PlainNode, MadeNode)):
+            _check_kind(node, path)
         elif not isinstance(node, CONTAINERS):
             plain(node)
     except FormatError:
         raise
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has an impossible value in its tree: {cause!s:.200}") from cause
+
+
+def _check_kind(node: PlainNode | MadeNode, path: object) -> None:
+    if node.type not in (PLAIN if isinstance(node, PlainNode) else MADE):
+        raise UnsupportedVersionError(
+            f"{path} has a value of the type {node.type!r:.80}, which this asyncsave does not "
+            "know: install a newer one"
+        )
+    is_right = is_key(node.of) if isinstance(node, PlainNode) else has_form(node)
+    if not is_right or (isinstance(node, MadeNode) and not is_key(node.args)):
+        raise FormatError(f"{path} has a {node.type} that is not made of what it should be")
+
+
+def _validate_plain(node: PlainNode, path: object) -> None:
+    if isinstance(node.of, TupleNode) and node.type in ("set", "frozenset"):
+        _built_keys(node.of.items, path)  # looking them up takes time
+    build_keys([node], NAMES)
 
 
 def _validate_dict(node: DictNode | OrderedDictNode, path: object) -> None:
@@ -88,6 +120,6 @@ def _built_keys(nodes: list[Node], path: object) -> Sequence[Any]:
     except IMPOSSIBLE as cause:
         raise FormatError(f"{path} has a dict with an impossible key: {cause!s:.200}") from cause
     # numbers can be chosen such that all have one hash, and looking them up takes quadratic time
-    if max(hashes.values()) > MAX_ONE_HASH:
-        raise FormatError(f"{path} has a dict in which too many keys have the same hash")
+    if max(hashes.values(), default=0) > MAX_ONE_HASH:
+        raise FormatError(f"{path} has a dict or set in which too many keys have the same hash")
     return keys

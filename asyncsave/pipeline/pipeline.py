@@ -31,7 +31,7 @@ from ..snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from ..snapshot.snapshotter import Snapshotter, Staged
 from ..state.chunks import Plan
 from ..state.flatten import Flat, flatten
-from ..state.layout import Layouts
+from ..state.layout import Layout, Layouts
 from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
@@ -161,6 +161,10 @@ class Pipeline:
         for arena in self._memory.arenas:
             arena.touch()
 
+    def check(self, state: Any) -> None:
+        """Raise StateError, with all its problems, if a state cannot be saved."""
+        self._lay_out(state)
+
     def end(self, then: Callable[[], None] | None = None) -> None:
         """Let all threads end, and memory be given back, once the save in flight has ended.
 
@@ -184,12 +188,8 @@ class Pipeline:
             StateError: it cannot be saved.
             SaveError, ConfigError: the memory that it takes cannot be had.
         """
-        # Taken out while they work: what was interrupted may remember half of a layout.
-        layouts, self._layouts = self._layouts or Layouts(), None
+        flat, layout = self._lay_out(state)
         transport = self._snapshotter.transport
-        owns = None if transport is None else transport.owns
-        flat = flatten(state, owns, overlap=self._overlap)
-        layout = layouts.of(flat)
         pin = flat.on_device and transport is not None and transport.pinned
         try:
             groups = tuple(group.nbytes for group in layout.groups)
@@ -199,8 +199,18 @@ class Pipeline:
         plan, chunk_bytes = self._plan, self._memory.chunk_bytes
         if plan is None or plan.layout is not layout or plan.chunk_bytes != chunk_bytes:
             plan = self._plan = Plan.cut(layout, chunk_bytes)
-        self._layouts = layouts
         return flat, plan
+
+    def _lay_out(self, state: Any) -> tuple[Flat, Layout]:
+        """Take a state apart, and lay it out."""
+        # Taken out while they work: what was interrupted may remember half of a layout.
+        layouts, self._layouts = self._layouts or Layouts(), None
+        transport = self._snapshotter.transport
+        owns = None if transport is None else transport.owns
+        flat = flatten(state, owns, overlap=self._overlap)
+        layout = layouts.of(flat)
+        self._layouts = layouts
+        return flat, layout
 
     def _stage(self, flat: Flat, save: Save) -> bool:
         """Copy all chunks into slots, in waves if there are fewer slots than chunks.

@@ -24,8 +24,14 @@ from .fill import Fill
 from .groups import grouped
 from .newest import first_sound, note_loaded
 
-_VALUES = Values(size=tuple, dtype="torch.{}".format, device=str)
-"""For what is torch's own: tuples, and names as torch's."""
+_VALUES = Values(
+    size=tuple,
+    dtype="torch.{}".format,
+    device=str,
+    made=lambda name, of, args: of,
+    typed=lambda name, of: of,
+)
+"""For what is torch's own: tuples, names as torch's, and the arrays that tensors are made of."""
 
 
 def load_arrays(place: Place, keys: str | Sequence[str] | None) -> Any:

@@ -18,14 +18,15 @@ from ..errors import LoadError, MismatchError
 from ..format.build import unflatten
 from ..format.leaf import Leaf
 from ..format.select import completed
-from ..format.tree import Node, bulk_indices
+from ..format.tree import Node, bulk_indices, has_typed
 from ..pages import Bytes
 from ..reading.checkpoint import Checkpoint, ChunkId
 from ..reading.fill import Fill
+from ..state.classes import as_live
 from ..state.values import TORCH
 from .fills import fills_of, put
 from .live import Target
-from .match import Match, make_tuples
+from .match import Loading, Match, make_tuples, show
 from .new import NewLeaves
 from .objects import load_objects
 from .tangle import Untangled, contradictions, untangle, value_of
@@ -46,8 +47,8 @@ def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
     kept = _read(checkpoint, new, fills)
     bulk = new.values(torch.device("cpu"))
     _refuse_contradictions(checkpoint, untangled, bulk)
-    values = [_built(edit.node, bulk) for edit in match.edits]
-    states = [_built(each.node, bulk) for each in match.objects]
+    values = _values(checkpoint, match, bulk)
+    states = [_state_for(each, bulk) for each in match.objects]
     tuples = make_tuples(checkpoint.path, match, values)
     _synchronize(match.targets)  # what is queued for them must not come after the new values
     load_objects(checkpoint.path, match, states, wish)
@@ -92,6 +93,29 @@ def _refuse_contradictions(
     reasons = [why for group in groups for why in contradictions(group, bulk)]
     if reasons:
         raise MismatchError(f"{checkpoint.path} does not fit the state:", reasons)
+
+
+def _values(checkpoint: Checkpoint, match: Match, bulk: Mapping[int, Any]) -> list[Any]:
+    """Return what is to be put in the places of the edits, of the classes that are there now."""
+    values, reasons = [], []
+    for edit in match.edits:
+        try:
+            values.append(as_live(edit.live, _built(edit.node, bulk)))
+        except LoadError:
+            raise
+        except Exception as error:
+            kind = type(edit.live).__name__
+            reasons.append(f"{show(edit.name)}: no {kind} can be made of what was saved: {error!r}")
+    if reasons:
+        raise MismatchError(f"{checkpoint.path} does not fit the state:", reasons)
+    return values
+
+
+def _state_for(each: Loading, bulk: Mapping[int, Any]) -> Any:
+    """Return what an object is to load, in which values are of the classes that it has now."""
+    state = _built(each.node, bulk)
+    own = getattr(each.into, "state_dict", None)
+    return as_live(own(), state) if callable(own) and has_typed(each.node) else state
 
 
 def _built(node: Node, bulk: Mapping[int, Any]) -> Any:

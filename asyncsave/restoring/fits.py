@@ -13,11 +13,15 @@ from ..format.tree import (
     CONTAINERS,
     DictNode,
     ListNode,
+    MadeNode,
     NamedTupleNode,
     Node,
+    ObjectNode,
     OrderedDictNode,
+    PlainNode,
     TensorNode,
     TupleNode,
+    TypedNode,
     plain,
 )
 from .live import Bulk, as_number, can_cast, dtype_name, held, is_float, kind_of, refusal
@@ -90,6 +94,8 @@ def _shown(number: Any) -> str:
 
 def kind_of_node(node: Node) -> str:
     """Return what a record is of, as messages show it."""
+    if isinstance(node, (ObjectNode, TypedNode, MadeNode, PlainNode)):
+        return node.type
     return {
         DictNode: "dict",
         OrderedDictNode: "dict",

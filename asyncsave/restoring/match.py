@@ -18,6 +18,7 @@ import torch
 
 from ..errors import MismatchError
 from ..format.tree import Node
+from ..state.classes import remade
 from .live import Target
 
 
@@ -32,25 +33,50 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         self.container[self.key] = new
 
 
-class Edit(msgspec.Struct, frozen=True, gc=False):
-    """A value to make of ``node`` and to put in a place at the end; ``name`` is its fqn."""
+class Contents(msgspec.Struct, frozen=True, gc=False):
+    """All that is in a container: a set, a deque or a Counter."""
 
-    place: Place
+    container: Any
+
+    def put(self, new: Any) -> None:
+        """Put other contents there."""
+        self.container.clear()
+        add = getattr(self.container, "extend", None) or self.container.update
+        add(new)
+
+
+class Edit(msgspec.Struct, frozen=True, gc=False):
+    """A value to make of ``node`` and to put in a place at the end.
+
+    Attributes:
+        place: where to.
+        node: the record.
+        name: its fqn.
+        live: what is there now: the new value is of the same classes.
+    """
+
+    place: Place | Contents
     node: Node
     name: str
+    live: Any = None
 
 
 class TupleEdit(msgspec.Struct, frozen=True, gc=False):
-    """A tuple to make anew, once the items that change in it have been put into ``items``."""
+    """A tuple to make anew, once the items that change in it have been put into ``items``.
+
+    So is a dataclass that is frozen, of which ``items`` is a dict.
+    """
 
     place: Place
-    old: tuple[Any, ...]
-    items: list[Any]
+    old: Any
+    items: Any
     name: str
 
     def made(self) -> Any:
         """Return a tuple of these items, of the same type."""
         kind: Any = type(self.old)
+        if isinstance(self.items, dict):
+            return remade(self.old, self.items)
         return kind(*self.items) if hasattr(self.old, "_fields") else kind(self.items)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import math
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ from ..format.names import leaf_names, some
 from ..format.select import OMITTED, is_whole
 from ..format.tree import (
     MAX_DEPTH,
+    BytesNode,
     DictNode,
     ListNode,
+    MadeNode,
     NamedTupleNode,
     Node,
     ObjectNode,
@@ -22,13 +26,16 @@ from ..format.tree import (
     TensorNode,
     TupleNode,
     key_name,
+    unwrapped,
 )
+from ..state.classes import NAMESPACES, Fields, is_frozen, is_record, plain_key
 from .fits import fit_leaf, fit_number, kind_of_node
 from .hints import hints
 from .live import PLAIN_TENSORS, Bulk, Target, bare, can_cast, dtype_name, loads_itself, refusal
-from .match import Edit, Loading, Match, Place, TupleEdit, show
+from .match import Contents, Edit, Loading, Match, Place, TupleEdit, show
 from .modules import entries, fills_in_place, loaded_by_torch, paired
 from .optimizers import optimizer_reasons, state_casts
+from .parts import GENERATORS, Adopting, is_kind, is_value, kind_name, parts_of
 from .wish import Wish
 
 
@@ -87,21 +94,75 @@ class _Matcher:
         if node is OMITTED:
             return
         if loads_itself(into):
-            self._object(into, node.state if isinstance(node, ObjectNode) else node, name)
+            self._object(into, node.of if isinstance(node, ObjectNode) else node, name)
+        elif isinstance(into, (torch.Tensor, np.ndarray)):
+            self._array_or_tensor(into, node, name)
+        elif is_value(into):
+            self._match.edits.append(Edit(place, node, name, into))
+        else:
+            self._container(into, node, name, place)
+
+    def _array_or_tensor(self, into: Bulk, node: Node, name: str) -> None:
+        made = parts_of(into)
+        if made is None:
+            inner = unwrapped(node)
+            # of what is made of others, the name of its type says more than that of its record
+            self._bulk(bare(into), inner if isinstance(inner, TensorNode) else node, name)
             return
-        if isinstance(node, ObjectNode):
-            node = node.state
-        if isinstance(into, (torch.Tensor, np.ndarray)):
-            self._bulk(bare(into), node, name)
+        if made.adopts and made.fits(node):
+            self._match.objects.append(Loading(Adopting(into), name, node))
+            return
+        self._match.reasons += [f"{show(name)}: {why}" for why in made.reasons(node)]
+        if made.fits(node):
+            for key, part, inner in made.tensors(node):
+                self.walk(part, inner, f"{name}.{key}" if key else name, Place(None, key))
+
+    def _container(self, into: Any, node: Node, name: str, place: Place) -> None:
+        """Match what holds other values."""
+        bare_node = unwrapped(node)
+        if isinstance(into, GENERATORS):
+            if isinstance(node, MadeNode) and node.type == kind_name(into):
+                self._match.objects.append(Loading(Adopting(into), name, node))
+            else:
+                self._differs(into, node, name)
+        elif isinstance(into, (set, collections.Counter, bytearray)):
+            self._contents(into, node, name)
         elif isinstance(into, dict):
-            self._dict(into, node, name)
-        elif isinstance(into, (list, tuple)) and not isinstance(into, torch.Size):
+            self._dict(into, bare_node, name)
+        elif isinstance(into, (list, tuple, collections.deque)):
             self._sequence(into, node, name, place)
-        elif into is None or isinstance(into, _PLAIN):
-            self._match.edits.append(Edit(place, node, name))
+        elif isinstance(into, NAMESPACES):
+            self._dict(vars(into), bare_node, name)
+        elif is_record(into) and is_frozen(into):
+            self._frozen(into, bare_node, name, place)
+        elif is_record(into):
+            self._dict(Fields(into), bare_node, name, takes_all=False)
         else:
             why = f"the checkpoint has a {kind_of_node(node)}, the state a {type(into).__name__}"
             self._match.reasons.append(f"{show(name)}: {why}")
+
+    def _contents(self, into: Any, node: Node, name: str) -> None:
+        """Match what takes all that was saved in its place."""
+        if isinstance(into, bytearray):
+            fits = isinstance(node, (BytesNode, TensorNode)) or is_kind(node, "bytearray")
+        elif isinstance(into, set):
+            fits = is_kind(node, "set", "frozenset")
+        else:
+            fits = isinstance(unwrapped(node), (DictNode, OrderedDictNode)) and is_whole(node)
+        if not fits:
+            self._differs(into, node, name)
+            return
+        place = Place(into, slice(None)) if isinstance(into, bytearray) else Contents(into)
+        self._match.edits.append(Edit(place, node, name, into))
+
+    def _frozen(self, into: Any, node: Node, name: str, place: Place) -> None:
+        """Match a dataclass that cannot be changed: as a tuple, it is replaced."""
+        match = self._match
+        edits, tuples = len(match.edits), len(match.tuples)
+        items = dict(Fields(into))
+        self._dict(items, node, name, takes_all=False)
+        if match.changes(items, edits, tuples):
+            match.tuples.append(TupleEdit(place, into, items, name))
 
     def _differs(self, into: Any, node: Node, name: str) -> None:
         """Note that only the state has a container."""
@@ -127,7 +188,9 @@ class _Matcher:
 
     # -- dicts --------------------------------------------------------------------------------
 
-    def _dict(self, into: dict[Any, Any], node: Node, name: str, *, takes_all: bool = True) -> None:
+    def _dict(
+        self, into: MutableMapping[Any, Any], node: Node, name: str, *, takes_all: bool = True
+    ) -> None:
         if not isinstance(node, (DictNode, OrderedDictNode)):
             self._differs(into, node, name)
             return
@@ -143,13 +206,16 @@ class _Matcher:
             return
         before = match.found + len(match.reasons)
         by_key = dict(zip(saved, names, strict=True))
+        found = set()
         for key, value in into.items():
-            if key in saved:
-                self.walk(value, saved[key], by_key[key], Place(into, key))
+            at = key if key in saved else plain_key(key)
+            if at in saved:
+                found.add(at)
+                self.walk(value, saved[at], by_key[at], Place(into, key))
             else:
                 self._missing(f"{prefix}{key}", value)
-        self._unexpected([each for key, each in by_key.items() if key not in into])
-        if match.found + len(match.reasons) == before or not saved.keys() & into.keys():
+        self._unexpected([each for key, each in by_key.items() if key not in found])
+        if match.found + len(match.reasons) == before or not found:
             self._nothing_in(name, into)
 
     def _missing(self, name: str, value: Any) -> None:
@@ -177,20 +243,26 @@ class _Matcher:
     # -- lists and tuples -----------------------------------------------------------------------
 
     def _sequence(self, into: Any, node: Node, name: str, place: Place) -> None:
-        whole = self._whole_place(into, node, place)
+        items: Any = unwrapped(node)
+        whole = self._whole_place(into, items, place)
         if whole is not None:
-            self._match.edits.append(Edit(whole, node, name))
-        elif not isinstance(node, _SEQUENCES):
+            self._match.edits.append(Edit(whole, node, name, into))
+            if isinstance(into, collections.deque) and len(items.items) > _longest(into):
+                why = f"saved with {len(items.items)} items, the state's deque has room for "
+                self._match.reasons.append(f"{show(name)}: {why}{into.maxlen}")
+            return
+        node = items
+        if not isinstance(node, _SEQUENCES):
             self._differs(into, node, name)
         elif len(into) != len(node.items):
             why = f"saved with {len(node.items)} items, the state has {len(into)}"
             self._match.reasons.append(f"{show(name)}: {why}")
-        elif isinstance(into, list):
+        elif isinstance(into, (list, collections.deque)):
             self._items(into, into, node.items, name)
         else:
             self._tuple(into, node.items, name, place)
 
-    def _whole_place(self, into: Any, node: Node, place: Place) -> Place | None:
+    def _whole_place(self, into: Any, node: Node, place: Place) -> Place | Contents | None:
         """Return where to put all of a list or tuple at once, if its items are not matched.
 
         One of plain values alone is a plain value: a history of losses, say, which has grown. And
@@ -201,6 +273,8 @@ class _Matcher:
         is_plain = _is_plain(into) and is_whole(node)
         if isinstance(into, list):
             return Place(into, slice(None)) if is_plain or not into else None
+        if isinstance(into, collections.deque):
+            return Contents(into) if is_plain or len(into) != len(node.items) else None
         return place if is_plain and len(into) != len(node.items) else None
 
     def _items(self, into: Sequence[Any], items: Any, nodes: list[Node], name: str) -> None:
@@ -283,18 +357,9 @@ class _Matcher:
 
 _SEQUENCES = (ListNode, TupleNode, NamedTupleNode)
 
-_PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.Size,
-    torch.dtype,
-    torch.device,
-    np.generic,
-)
+
+def _longest(into: Any) -> float:
+    return math.inf if into.maxlen is None else into.maxlen
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
@@ -302,9 +367,9 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return False
     if isinstance(value, dict):
         return all(_is_plain(item, depth + 1) for item in value.values())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         return all(_is_plain(item, depth + 1) for item in value)
-    return value is None or isinstance(value, _PLAIN)
+    return is_value(value)
 
 
 def _has_leaves(value: Any) -> bool:

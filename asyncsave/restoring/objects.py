@@ -14,6 +14,7 @@ import torch
 from ..errors import MismatchError
 from .exact import converted, is_stock, make_exact, way_back
 from .match import Loading, Match, show
+from .parts import Adopting
 from .wish import Wish
 
 _log = logging.getLogger("asyncsave")
@@ -61,6 +62,8 @@ def load_objects(path: Path, match: Match, states: Sequence[Any], wish: Wish) ->
 
 def _way_back(into: Any) -> _Back:
     """Return what brings an object back to what it is now; nothing if it has no state."""
+    if isinstance(into, Adopting):
+        return into.way_back()
     if isinstance(into, torch.optim.Optimizer):
         return way_back(into)
     old = copy.deepcopy(into.state_dict()) if callable(getattr(into, "state_dict", None)) else None
@@ -79,6 +82,8 @@ def _put_back(before: Sequence[tuple[Any, _Back]]) -> None:
 
 def _refused(each: Loading, cause: Exception) -> str:
     why = str(cause) if type(cause) in _SAYS_WHY else repr(cause)
+    if isinstance(each.into, Adopting):
+        return f"{show(each.name)}: {why}"
     return f"{show(each.name)}: {type(each.into).__name__}.load_state_dict refused: {why}"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..format.leaf import Leaf
-from ..format.tree import ListNode, Node, ObjectNode, TensorNode, children
+from ..format.tree import ListNode, Node, TensorNode, children, unwrapped
 from .exact import is_stock
 from .live import can_cast, dtype_name
 
@@ -125,7 +125,7 @@ def _entries(
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]
     labelled = dict(zip(map(str, keys), params, strict=True))
-    for label, entries in children(state.state if isinstance(state, ObjectNode) else state):
+    for label, entries in children(unwrapped(state)):
         for entry, each in children(entries):
             if isinstance(each, TensorNode) and label in labelled:
                 yield label, entry, leaves[each.i], labelled[label]

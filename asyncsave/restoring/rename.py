@@ -16,12 +16,14 @@ import torch
 from ..format.select import OMITTED
 from ..format.tree import (
     CONTAINERS,
+    WRAPPERS,
     DictNode,
     Node,
     ObjectNode,
     OrderedDictNode,
     children,
     key_name,
+    unwrapped,
 )
 from .live import loads_itself
 
@@ -66,9 +68,9 @@ def _take(node: Node, name: str) -> tuple[Node, Node]:
     """Return ``node`` without what is called ``name`` in it, and that; OMITTED for nothing."""
     if not name:
         return OMITTED, node
-    if isinstance(node, ObjectNode):
-        rest, part = _take(node.state, name)
-        return (rest if rest is OMITTED else msgspec.structs.replace(node, state=rest)), part
+    if isinstance(node, WRAPPERS):
+        rest, part = _take(node.of, name)
+        return _wrapped(node, rest), part
     if isinstance(node, _DICTS):
         return _take_from_dict(node, name)
     if not isinstance(node, CONTAINERS):
@@ -148,10 +150,9 @@ def _put(node: Node, live: Any, name: str, part: Node, where: str = "") -> Node:
         where: the fqn of that, for messages; ``name`` if it is not said.
     """
     where = where or name
-    if isinstance(node, ObjectNode):
-        return msgspec.structs.replace(node, state=_put(node.state, live, name, part, where))
-    if isinstance(part, ObjectNode):
-        part = part.state
+    if isinstance(node, WRAPPERS):
+        return _wrapped(node, _put(node.of, live, name, part, where))
+    part = _without_object(part)
     if name:
         return _put_below(node, live, name, part, where)
     if loads_itself(live):
@@ -211,8 +212,7 @@ def _key_node(key: Any) -> Node:
 
 
 def _child(node: Node, label: str) -> Node:
-    if isinstance(node, ObjectNode):
-        node = node.state
+    node = unwrapped(node)
     return dict(children(node)).get(label, OMITTED) if isinstance(node, _DICTS) else OMITTED
 
 
@@ -237,13 +237,24 @@ def _merged(one: Node, other: Node, where: str) -> Node:
     """Return both in one place, if one is nothing or no name is in both."""
     if one is OMITTED or other is OMITTED:
         return other if one is OMITTED else one
-    if isinstance(one, ObjectNode):
-        return msgspec.structs.replace(one, state=_merged(one.state, other, where))
-    if isinstance(other, ObjectNode):
-        other = other.state
+    if isinstance(one, WRAPPERS):
+        return _wrapped(one, _merged(one.of, other, where))
+    other = _without_object(other)
     if not isinstance(one, _DICTS) or not isinstance(other, _DICTS):
         raise _RefusedError(f"two values of the checkpoint would be {where.strip('.')!r}")
     return _with(one, zip(other.keys, other.values, strict=True), where)
+
+
+def _wrapped(node: Any, of: Node) -> Node:
+    """Return what a wrapper is when another record is in it: a part of a value is plain."""
+    if of is OMITTED or not isinstance(node, ObjectNode):
+        return node if of is node.of else of
+    return msgspec.structs.replace(node, of=of)
+
+
+def _without_object(node: Node) -> Node:
+    """Return what an object's ``state_dict()`` had returned; other records as they are."""
+    return node.of if isinstance(node, ObjectNode) else node
 
 
 def _flat(part: Node, known: set[str]) -> Node:
@@ -256,7 +267,7 @@ def _flat(part: Node, known: set[str]) -> Node:
 
 def _flat_items(part: Node, prefix: str, known: set[str]) -> Iterator[tuple[str, Node]]:
     for label, value in children(part):
-        inner = value.state if isinstance(value, ObjectNode) else value
+        inner = _without_object(value)
         name = prefix + label
         if name not in known and isinstance(inner, _DICTS) and inner.keys:
             yield from _flat_items(inner, f"{name}.", known)

@@ -175,6 +175,8 @@ class Checkpointer(Session):
         Raises:
             ConfigError: neither ``every_steps`` nor ``every_seconds`` was given, so that it would
                 never save; or ``step`` is one before that which was restored.
+            StateError: at the first call, too, whether or not a save is due then: ``state`` holds
+                what cannot be saved, see `check`.
             What `save` raises, and the error of an earlier save that nobody has seen.
         """
         if self._is_idle(step):
@@ -188,12 +190,15 @@ class Checkpointer(Session):
                     "step() saves when that is due, and nothing says when: give the Checkpointer "
                     "every_steps= or every_seconds=, or call save()"
                 )
+            stopping = self._signals.arrived and not self._should_stop
+            is_due = stopping or self._cadence.due(number)
             if not self._has_begun:
                 self._run.check(number)
+                if not is_due:  # now, not after the first 500 steps
+                    self._pipeline.check(state)
                 self._has_begun = True
-            stopping = self._signals.arrived and not self._should_stop
             handle = None
-            if stopping or self._cadence.due(number):
+            if is_due:
                 handle = self._begin(number, state, metrics, metadata, wait=stopping)
                 if handle is not None:
                     self._cadence.restart()

@@ -9,50 +9,50 @@ contain dots lose nothing. Pure: no threads, no files, no clock.
 from __future__ import annotations
 
 import collections
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Union
 
 import numpy as np
 import torch
 
-from ..errors import FormatError, StateError
-from ..format.build import named_tuple
+from ..errors import FormatError, Problem, StateError
+from ..format.build import build_keys, named_tuple
 from ..format.dtypes import DTYPES
 from ..format.files import MAX_DIMS
+from ..format.kinds import MADE, PLAIN, Made, Plain
 from ..format.tree import (
     MAX_DEPTH,
     MAX_ONE_HASH,
+    NAMES,
     BytesNode,
-    ComplexNode,
-    DeviceNode,
     DictNode,
-    DtypeNode,
-    FloatNode,
-    IntNode,
     ListNode,
+    MadeNode,
     NamedTupleNode,
     Node,
     NumpyNode,
     ObjectNode,
     OrderedDictNode,
-    SizeNode,
-    StrNode,
+    PlainNode,
     TensorNode,
     TupleNode,
+    TypedNode,
     is_key,
     key_name,
     numpy_scalar,
 )
+from .classes import BY_TYPE, class_name, has_plain_form, plain_form
+from .kinds import Parts, is_wrapper, plain_memory, tensor_parts, wrapper_parts
+from .late import late_copies
+from .literals import LITERALS
+from .refusals import hint_for, is_distributed, one_hash, tensor_refusal, type_name
 from .values import TORCH_DTYPES
 
 INLINE_BYTES = 256
 """Longer ``bytes`` values go into chunks instead of into the tree."""
 
 _KNOWN = frozenset(dtype for name, dtype in TORCH_DTYPES.items() if name in DTYPES)
-
-_SAFE_INT = 2**53  # beyond it, JSON readers that use doubles would round
 
 Bulk = Union[torch.Tensor, "np.ndarray[Any, Any]", bytes]
 
@@ -90,65 +90,40 @@ def flatten(
             of live modules and optimizers. (A module's buffers change in the forward pass already.)
 
     Raises:
-        StateError: a value of a kind that cannot be saved; names its fqn and its type.
+        StateError: it has values that cannot be saved; names all of them.
     """
     flat = Flat()
-    flat.tree = _Flattener(flat).node(state, "", 0)
-    flat.late = [False] * len(flat.values)
+    flattener = _Flattener(flat)
+    flat.tree = flattener.node(state, "", 0)
+    if flattener.problems:
+        raise StateError(problems=flattener.problems) from flattener.cause
+    flat.late, flat.on_device = [False] * len(flat.values), False
     if owns is not None:
-        _classify(flat, owns, overlap=overlap)
+        flat.late, flat.on_device = late_copies(flat.values, flat.objects, owns, overlap=overlap)
     return flat
 
 
-def _classify(flat: Flat, owns: Callable[[torch.Tensor], bool], *, overlap: bool) -> None:
-    there = [
-        (i, value)
-        for i, value in enumerate(flat.values)
-        if isinstance(value, torch.Tensor) and owns(value)
-    ]
-    flat.on_device = bool(there)
-    if overlap and there:
-        stepped = {tensor.data_ptr() for each in flat.objects for tensor in _stepped(each)}
-        for i, value in there:
-            # a tensor of inference mode has no version to compare
-            flat.late[i] = not value.is_inference() and value.data_ptr() in stepped
-
-
-def _stepped(each: Any) -> Iterator[torch.Tensor]:
-    """Yield what only ``optimizer.step()`` changes of an object."""
-    if isinstance(each, torch.nn.Module):
-        yield from each.parameters()
-    elif isinstance(each, torch.optim.Optimizer):
-        for state in each.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    yield value
-
-
 class _Flattener:
+    """Takes values apart; what cannot be saved is listed, and None in its place."""
+
     def __init__(self, flat: Flat) -> None:
         self._flat = flat
+        self.problems: list[Problem] = []
+        self.cause: Exception | None = None
         self._exact: dict[type, Callable[[Any, str, int], Node]] = {
             torch.Tensor: self._tensor,
             torch.nn.Parameter: self._tensor,
             dict: self._dict,
             collections.OrderedDict: self._ordered_dict,
-            collections.defaultdict: self._dict,
             list: lambda value, name, depth: ListNode(self._items(value, name, depth)),
             tuple: lambda value, name, depth: TupleNode(self._items(value, name, depth)),
             np.ndarray: self._array,
-            type(None): _same,
-            bool: _same,
-            int: _int,
-            float: _float,
-            complex: lambda value, *_: ComplexNode(
-                struct.pack(">dd", value.real, value.imag).hex()
-            ),
-            str: _str,
             bytes: self._bytes,
-            torch.Size: lambda value, *_: SizeNode(list(value)),
-            torch.dtype: lambda value, *_: DtypeNode(str(value).removeprefix("torch.")),
-            torch.device: lambda value, *_: DeviceNode(str(value)),
+            **LITERALS,
+            torch.Generator: self._generator,
+            **{row.type: self._plain(row) for row in PLAIN.values() if row.type},
+            **{row.type: self._made(row) for row in MADE.values() if row.type},
+            **dict.fromkeys(BY_TYPE, self._registered),
         }
 
     def node(self, value: Any, name: str, depth: int) -> Node:
@@ -156,15 +131,24 @@ class _Flattener:
         if handler is not None:
             return handler(value, name, depth)
         if isinstance(value, np.generic):
-            return _numpy_scalar(value, name)
+            return self._numpy_scalar(value, name, depth)
+        if isinstance(value, torch.Tensor):
+            return self._subclass(value, name, depth)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._namedtuple(value, name, depth)
         if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
-            self._check_depth(name, depth)
-            self._flat.objects.append(value)
-            inner = self.node(_state_of(value, name), name, depth + 1)
-            return ObjectNode(f"{type(value).__module__}.{type(value).__qualname__}", inner)
-        raise StateError(_refusal(value, name))
+            return self._object(value, name, depth)
+        if has_plain_form(value):
+            return self._typed(class_name(type(value)), plain_form, value, name, depth)
+        return self._refuse(name, type_name(value), hint_for(value))
+
+    def _refuse(self, name: str, kind: str, hint: str, cause: Exception | None = None) -> Node:
+        """Note that a value cannot be saved; return what stands for it meanwhile."""
+        self.problems.append(Problem(name, kind, hint))
+        self.cause = self.cause or cause
+        return None
+
+    # -- containers ---------------------------------------------------------------------------
 
     def _items(self, value: Iterable[Any], name: str, depth: int) -> list[Node]:
         self._check_depth(name, depth)
@@ -193,43 +177,133 @@ class _Flattener:
         for key, item in value.items():
             if type(key) is str:
                 child = prefix + key
-                keys.append(_str(key))
+                keys.append(LITERALS[str](key))
             else:
                 texts = False
                 keys.append(self._key(key, prefix, depth))
                 child = prefix + key_name(keys[-1])
             handler = exact.get(type(item), self.node)  # the hot loop of states with many leaves
             values.append(handler(item, child, depth + 1))
-        if not texts and len(keys) > MAX_ONE_HASH:
-            _check_hashes(value, name)
+        if not texts:
+            self._check_keys(value, keys, name)
         return keys, values
 
     def _key(self, key: Any, prefix: str, depth: int) -> Node:
         node = self.node(key, f"{prefix}<key>", depth + 1)
         if not is_key(node):
-            raise StateError(
-                f"a dict key at {prefix!r:.200} is, or holds, a {_type_name(key)}, which cannot be "
-                "a key in a checkpoint; use a str, a number, None, short bytes, or a tuple of those"
+            return self._refuse(
+                f"{prefix}<key>",
+                type_name(key),
+                "it is, or holds, what cannot be a key in a checkpoint; use a str, a number, None, "
+                "short bytes, or a tuple of those",
             )
         return node
+
+    def _check_keys(self, value: dict[Any, Any], keys: list[Node], name: str) -> None:
+        """Refuse what validate.py would: looking such keys up takes quadratic time."""
+        if len(keys) > MAX_ONE_HASH and (many := one_hash(value)):
+            count, most = many
+            hint = (
+                f"{count} of its keys have the same hash, {most}, and no more than {MAX_ONE_HASH} "
+                "may; save it as a list of pairs, list(value.items())"
+            )
+            self._refuse(name, type_name(value), hint)
+        are_known = keys.count(None) == (None in value)  # None is there for what is refused
+        if are_known and any(isinstance(key, TypedNode) for key in keys):
+            plain = build_keys(keys, NAMES)
+            if len(set(plain)) < len(plain):
+                hint = "two of its keys are the same as plain data; save it as a list of pairs"
+                self._refuse(name, type_name(value), hint)
 
     def _namedtuple(self, value: Any, name: str, depth: int) -> Node:
         try:
             named_tuple(type(value).__name__, tuple(value._fields))
         except (FormatError, ValueError, TypeError) as cause:
-            raise StateError(
-                f"{name!r} is a NamedTuple whose names could not be restored ({cause}); pass "
-                "tuple(value) or value._asdict()"
-            ) from cause
+            hint = (
+                f"as a NamedTuple its names could not be restored ({cause}); pass tuple(value) or "
+                "value._asdict()"
+            )
+            return self._refuse(name, type_name(value), hint, cause)
         items = self._items(value, name, depth)
         return NamedTupleNode(type(value).__name__, list(value._fields), items)
 
+    def _object(self, value: Any, name: str, depth: int) -> Node:
+        self._check_depth(name, depth)
+        try:
+            state = value.state_dict()
+        except Exception as cause:
+            hint = f"its state_dict() raised {type(cause).__name__}: {cause}"
+            return self._refuse(name, type_name(value), hint, cause)
+        self._flat.objects.append(value)
+        return ObjectNode(class_name(type(value)), self.node(state, name, depth + 1))
+
     def _check_depth(self, name: str, depth: int) -> None:
         if depth >= MAX_DEPTH:
-            raise StateError(
-                f"the state is nested more than {MAX_DEPTH} levels deep at {name[:80]!r}…; "
-                "does a container hold itself?"
+            hint = (
+                f"the state is nested more than {MAX_DEPTH} levels deep there; does a container "
+                "hold itself?"
             )
+            self._refuse(f"{name[:80]}…", "container", hint)
+            raise StateError(problems=self.problems)  # who holds himself twice would never end
+
+    # -- values made of others ------------------------------------------------------------------
+
+    def _plain(self, row: Plain) -> Callable[[Any, str, int], Node]:
+        def node(value: Any, name: str, depth: int) -> Node:
+            of = self._part(row.apart, value, name, depth)
+            if not is_key(of):
+                hint = "it holds what is no plain value; use a list in its place"
+                return self._refuse(name, type_name(value), hint)
+            if isinstance(value, (set, frozenset)) and (many := one_hash(value)):
+                hint = f"{many[0]} of its items have the same hash; save it as a list"
+                return self._refuse(name, type_name(value), hint)
+            return PlainNode(row.name, of)
+
+        return node
+
+    def _made(self, row: Made) -> Callable[[Any, str, int], Node]:
+        def node(value: Any, name: str, depth: int) -> Node:
+            taken = self._taken(row.apart, value, name, depth)
+            return self._made_of((row.name, *taken[0]), name, depth) if taken else None
+
+        return node
+
+    def _made_of(self, parts: Parts, name: str, depth: int) -> Node:
+        kind, of, args = parts
+        return MadeNode(kind, self.node(of, name, depth + 1), self.node(args, name, depth + 1))
+
+    def _part(self, apart: Callable[[Any], Any], value: Any, name: str, depth: int) -> Node:
+        """Return the record of what a value is made of."""
+        taken = self._taken(apart, value, name, depth)
+        return self.node(taken[0], name, depth + 1) if taken else None
+
+    def _taken(
+        self, apart: Callable[[Any], Any], value: Any, name: str, depth: int
+    ) -> tuple[Any] | None:
+        """Return what ``apart`` makes of a value; None if it cannot, which is noted."""
+        self._check_depth(name, depth)
+        try:
+            return (apart(value),)
+        except Exception as cause:
+            said = f"taking it apart raised {type(cause).__name__}: {cause}"
+            hint = str(cause) if isinstance(cause, ValueError) else said
+            self._refuse(name, type_name(value), hint, cause)
+            return None
+
+    def _typed(
+        self, kind: str, apart: Callable[[Any], Any], value: Any, name: str, depth: int
+    ) -> Node:
+        return TypedNode(kind, self._part(apart, value, name, depth))
+
+    def _registered(self, value: Any, name: str, depth: int) -> Node:
+        known = BY_TYPE[type(value)]
+        return self._typed(known.name, known.to_plain, value, name, depth)
+
+    def _generator(self, value: torch.Generator, name: str, depth: int) -> Node:
+        of = {"device": value.device, "state": value.get_state()}
+        return self._made_of(("torch.Generator", of, None), name, depth)
+
+    # -- leaves with bulk -----------------------------------------------------------------------
 
     def _bulk(self, value: Bulk, name: str) -> Node:
         flat = self._flat
@@ -245,126 +319,49 @@ class _Flattener:
             or value.is_nested
             or value.dim() > MAX_DIMS
         ):
-            raise StateError(_tensor_refusal(value, name))
+            parts = tensor_parts(value)
+            if parts is None:
+                return self._refuse(name, *tensor_refusal(value))
+            return self._made_of(parts, name, depth)
         flat = self._flat  # as in _bulk(), without the call
         flat.names.append(name)
         flat.values.append(value)
         return TensorNode(len(flat.values) - 1)
 
+    def _subclass(self, value: torch.Tensor, name: str, depth: int) -> Node:
+        if torch.nn.parameter.is_lazy(value) or value.is_meta or is_distributed(value):
+            return self._refuse(name, *tensor_refusal(value))
+        if value.is_nested:
+            return self._made_of(_known(tensor_parts(value)), name, depth)
+        if is_wrapper(value):
+            return self._typed(class_name(type(value)), wrapper_parts, value, name, depth)
+        bare = plain_memory(value)
+        if bare is None:
+            return self._refuse(name, *tensor_refusal(value))
+        return TypedNode(class_name(type(value)), self._tensor(bare, name, depth))
+
     def _array(self, value: np.ndarray[Any, Any], name: str, depth: int) -> Node:
+        if value.dtype.names is not None:
+            return self._made(MADE["numpy.ndarray"])(value, name, depth)
         if value.dtype.kind not in "?biufcSUMm" or value.dtype.itemsize == 0:
-            raise StateError(
-                f"{name!r} is a NumPy array of dtype {value.dtype}, which holds Python objects, "
-                "records or nothing; save its columns as plain numeric arrays"
-            )
+            hint = "it holds Python objects or nothing; save its columns as plain numeric arrays"
+            return self._refuse(name, f"NumPy array of dtype {value.dtype}", hint)
         return self._bulk(value, name)
 
     def _bytes(self, value: bytes, name: str, depth: int) -> Node:
         return BytesNode(value) if len(value) <= INLINE_BYTES else self._bulk(value, name)
 
-
-def _state_of(value: Any, name: str) -> Any:
-    try:
-        return value.state_dict()
-    except Exception as cause:
-        where = f"{name!r}" if name else "the state itself"
-        raise StateError(
-            f"{where} is a {_type_name(value)}, whose state_dict() raised "
-            f"{type(cause).__name__}: {cause}"
-        ) from cause
-
-
-def _check_hashes(value: dict[Any, Any], name: str) -> None:
-    """Refuse what validate.py would: looking such keys up takes quadratic time."""
-    hashes = [hash(key) for key in value]
-    if len(set(hashes)) + MAX_ONE_HASH <= len(hashes):
-        (most, count), *_ = collections.Counter(hashes).most_common(1)
-        if count > MAX_ONE_HASH:
-            raise StateError(
-                f"{name!r} is a dict in which {count} keys have the same hash, {most}, and no more "
-                f"than {MAX_ONE_HASH} may; save it as a list of pairs, list(value.items())"
-            )
+    def _numpy_scalar(self, value: Any, name: str, depth: int) -> Node:
+        if value.dtype.names is not None:
+            return self._made(MADE["numpy.void"])(value, name, depth)
+        if value.dtype.kind in "?biufcSUMm" and value.dtype.itemsize:
+            node = NumpyNode(value.dtype.str, value.tobytes())
+            if value.dtype.kind not in "SU" or numpy_scalar(node) == value:
+                return node  # NumPy's text loses its last NULs
+        hint = "it cannot be kept exactly; save a plain value, as in value.item()"
+        return self._refuse(name, f"NumPy scalar of dtype {value.dtype}", hint)
 
 
-def _same(value: Any, *_: Any) -> Node:
-    return value  # type: ignore[no-any-return]
-
-
-def _int(value: int, *_: Any) -> Node:
-    return value if -_SAFE_INT <= value <= _SAFE_INT else IntNode(f"{value:x}")
-
-
-def _float(value: float, *_: Any) -> Node:
-    finite = value - value == 0.0
-    return value if finite else FloatNode(struct.pack(">d", value).hex())
-
-
-def _str(value: str, *_: Any) -> Node:
-    if value.isascii():
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return StrNode(value.encode("utf-8", "surrogatepass"))
-    return value
-
-
-def _numpy_scalar(value: np.generic, name: str) -> Node:
-    if value.dtype.kind in "?biufcSUMm" and value.dtype.itemsize:
-        node = NumpyNode(value.dtype.str, value.tobytes())
-        if value.dtype.kind not in "SU" or numpy_scalar(node) == value:
-            return node  # NumPy's text loses its last NULs
-    raise StateError(
-        f"{name!r} is a NumPy scalar of dtype {value.dtype}, which cannot be kept exactly; save a "
-        "plain value, as in value.item()"
-    )
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _refusal(value: Any, name: str) -> str:
-    where = f"{name!r}" if name else "the state itself"
-    if isinstance(value, torch.Tensor):
-        return _tensor_refusal(value, name)
-    if isinstance(value, torch.Generator):
-        hint = "save generator.get_state(), or asyncsave.RngState() for the global generators"
-    elif isinstance(value, dict):
-        hint = "pass dict(value)"
-    elif isinstance(value, (set, frozenset)):
-        hint = "pass sorted(value) or list(value)"
-    elif isinstance(value, (bytearray, memoryview)):
-        hint = "pass bytes(value)"
-    elif isinstance(value, (int, float, str, list, tuple)):
-        hint = "pass the plain value, as in int(value), str(value) or list(value)"
-    elif callable(value):
-        hint = "code is never saved: leave it out and make it anew when you load"
-    else:
-        hint = (
-            "give it state_dict() and load_state_dict(), or save what it is made of "
-            "(tensors, arrays, numbers, strings, dicts, lists); nothing is ever pickled"
-        )
-    return f"{where} is a {_type_name(value)}, which asyncsave cannot save: {hint}"
-
-
-def _tensor_refusal(value: torch.Tensor, name: str) -> str:
-    if value.is_meta:
-        why, hint = "is on the meta device and has no data", "materialise it before saving"
-    elif value.layout is not torch.strided:
-        why = f"has layout {value.layout}"
-        hint = "save value.to_dense(), or its indices and values"
-    elif value.is_nested:
-        why, hint = "is a nested tensor", "save list(value.unbind())"
-    elif value.is_quantized:
-        why, hint = "is quantized", "save value.int_repr(), its scale and its zero point"
-    elif value.dtype not in _KNOWN:
-        why = f"has dtype {value.dtype}, which this version of asyncsave does not know"
-        hint = "save it as value.view(dtype) with a dtype of the same width, torch.int16 say"
-    elif type(value) in (torch.Tensor, torch.nn.Parameter):  # not one that has no shape yet
-        why = f"has {value.dim()} dimensions, of which a checkpoint allows {MAX_DIMS}"
-        hint = "save value.flatten() and its shape"
-    else:
-        why = f"is a {_type_name(value)}, a tensor subclass"
-        hint = "save the plain tensor (to_local(), full_tensor(), or as_subclass(torch.Tensor))"
-    return f"the tensor {name!r} {why}, which asyncsave cannot save: {hint}"
+def _known(parts: Parts | None) -> Parts:
+    assert parts is not None
+    return parts

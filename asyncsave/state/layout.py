@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import torch
 
-from ..errors import StateError
+from ..errors import Problem, StateError
 from ..format.dtypes import DTYPES
 from ..format.records import ShardRecord, TensorRecord
 from .flatten import Bulk, Flat
@@ -177,13 +177,17 @@ _LOW = 1 << 32  # no memory, and an offset of as much; of real addresses, few ar
 
 
 def _check_memory(flat: Flat, places: list[int]) -> None:
+    problems = []
     for name, value, at in zip(flat.names, flat.values, places, strict=True):
         some = at < _LOW and isinstance(value, torch.Tensor) and value.numel() > 0
         if some and not _storage(value)[1]:
-            raise StateError(
-                f"the tensor {name!r} has no memory: its storage was resized to nothing, as "
-                "sharded training does between steps; save it while it is there, or its shards"
+            hint = (
+                "its storage was resized to nothing, as sharded training does between steps; save "
+                "it while it is there, or its shards"
             )
+            problems.append(Problem(name, "tensor that has no memory", hint))
+    if problems:
+        raise StateError(problems=problems)
 
 
 def _storage(value: Any) -> tuple[int, int]:

@@ -10,6 +10,8 @@ import torch
 
 from ..errors import UnsupportedVersionError
 from ..format.tree import Values
+from .classes import typed
+from .kinds import made
 
 # Not getattr(torch, …): torch imports modules, and warns, when it is asked for some names.
 TORCH_DTYPES = {
@@ -50,5 +52,5 @@ def _device(name: str) -> torch.device:
         ) from cause
 
 
-TORCH = Values(size=torch.Size, dtype=_dtype, device=_device)
+TORCH = Values(size=torch.Size, dtype=_dtype, device=_device, made=made, typed=typed)
 """Makes the plain values that are torch's own; UnsupportedVersionError for names it has not."""

@@ -164,17 +164,14 @@ def test_tensors_of_one_state_that_move_keep_the_plan_right(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (torch.randn(3, 3).to_sparse(), "layout"),
         (torch.empty(3, device="meta"), "meta"),
-        (torch.nn.UninitializedParameter(), "subclass"),
-        (torch.Generator(), "RngState"),
-        ({1, 2}, "sorted"),
-        (bytearray(3), "bytes"),
+        (torch.nn.UninitializedParameter(), "run the module once"),
+        (memoryview(b"abc"), "bytes"),
         (lambda: 0, "code is never saved"),
         (object(), "state_dict"),
         (torch.nn.Linear, "code is never saved"),
         (np.array([object()]), "Python objects"),
-        (np.array([(1, 2.0)], dtype="i4,f4"), "records"),
+        (np.array([(1, None)], dtype="i4,O"), "no plain memory"),
         ({(torch.zeros(1),): 1}, "key"),
     ],
     ids=lambda value: type(value).__name__,
@@ -194,7 +191,7 @@ def test_a_dtype_that_the_table_lacks_is_refused_by_name(
     known = tree._KNOWN
     with monkeypatch.context() as older:
         older.setattr(tree, "_KNOWN", known - {torch.bfloat16})
-        with pytest.raises(asyncsave.StateError, match=r"'a.x' has dtype torch.bfloat16.*view"):
+        with pytest.raises(asyncsave.StateError, match=r"'a.x' is a .* of torch.bfloat16.*view"):
             asyncsave.save({"a": {"x": torch.ones(2).bfloat16()}}, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
     asyncsave.save({"x": torch.ones(2).bfloat16()}, tmp_path / "a").result()
@@ -213,14 +210,14 @@ def test_every_dtype_of_this_torch_is_saved_or_refused_by_name(tmp_path: Path) -
             asyncsave.save(state, tmp_path / name).result()
             assert asyncsave.load(tmp_path / name)["x"].dtype is dtype
         else:
-            with pytest.raises(asyncsave.StateError, match=f"'x' has dtype {dtype}"):
+            with pytest.raises(asyncsave.StateError, match=f"'x' is a torch.Tensor of {dtype}"):
                 asyncsave.save(state, tmp_path / name)
 
 
 def test_more_dimensions_than_a_checkpoint_has(tmp_path: Path) -> None:
     asyncsave.save({"a": torch.ones((1,) * 64)}, tmp_path / "a").result()
     assert asyncsave.load(tmp_path / "a")["a"].dim() == 64
-    with pytest.raises(asyncsave.StateError, match=r"'b' has 65 dimensions.*flatten"):
+    with pytest.raises(asyncsave.StateError, match=r"'b' is a .* of 65 dimensions.*flatten"):
         asyncsave.save({"b": torch.ones((1,) * 65)}, tmp_path / "b")
 
 
@@ -228,20 +225,6 @@ def test_an_empty_tensor_that_torch_has_by_expand_alone(tmp_path: Path) -> None:
     shape = (0, 2**61, 2**61)
     asyncsave.save({"a": torch.empty(0, 1, 1).expand(shape)}, tmp_path / "a").result()
     assert asyncsave.load(tmp_path / "a")["a"].shape == shape
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
-def test_nested_tensors_are_refused(tmp_path: Path) -> None:
-    value = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    with pytest.raises(asyncsave.StateError, match="'a' is a nested tensor"):
-        asyncsave.save({"a": value}, tmp_path / "a")
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
-def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
-    value = torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
-    with pytest.raises(asyncsave.StateError, match="'a' is quantized"):
-        asyncsave.save({"a": value}, tmp_path / "a")
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -255,7 +238,7 @@ def test_tensors_whose_memory_was_taken_away(tmp_path: Path, early: bool) -> Non
             x.untyped_storage().resize_(0)
             lone = {"y": state["y"], name: state[name], "none": state["none"]}
             for each in (lone, state):
-                with pytest.raises(asyncsave.StateError, match=r"'(x|part)' has no memory"):
+                with pytest.raises(asyncsave.StateError, match=r"'(x|part)' .* has no memory"):
                     ckpt.save(2, each)
             x.untyped_storage().resize_(400)
             x.fill_(3)
@@ -301,7 +284,7 @@ def test_keys_with_one_hash(tmp_path: Path, as_key: Any) -> None:
     asyncsave.save({"few": few}, tmp_path / "few").result()
     assert asyncsave.load(tmp_path / "few")["few"] == few
     many = {as_key(i * step): i for i in range(65)} | {str(i): i for i in range(100)}
-    with pytest.raises(asyncsave.StateError, match=r"'many'.*65 keys.*list\(value.items"):
+    with pytest.raises(asyncsave.StateError, match=r"'many'.*65 of its keys.*list\(value.items"):
         asyncsave.save({"many": many}, tmp_path / "many")
     pairs = {"many": list(many.items())}
     asyncsave.save(pairs, tmp_path / "many").result()

@@ -144,12 +144,15 @@ def test_the_exponent_planes_in_the_document() -> None:
 
 def test_the_document_knows_every_node_kind_coding_and_dtype() -> None:
     from asyncsave.format.codings import LAYOUTS
+    from asyncsave.format.kinds import MADE, PLAIN
     from asyncsave.format.records import RankRecord
 
     text = FORMAT_MD.read_text()
     nodes = typing.get_args(typing.get_type_hints(RankRecord)["tree"])
     tags = [node.__struct_config__.tag for node in nodes if hasattr(node, "__struct_config__")]
-    assert len(tags) == 16
+    assert len(tags) == 19
+    for name in (*PLAIN, *MADE):
+        assert re.search(rf"^\| .*`{re.escape(name)}`.* \|$", text, re.MULTILINE), name
     for tag in tags:
         assert re.search(rf"^\| .*`{tag}`.* \|.*\|.*\|$", text, re.MULTILINE), tag
     assert {re.sub(r"\.\d+$", ".B", coding) for coding in LAYOUTS} == {

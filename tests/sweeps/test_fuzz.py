@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import asyncsave
+from asyncsave.format.kinds import MADE, PLAIN
 from tests import counts
 from tests.make_golden import CHECKPOINTS, GOLDEN
 from tests.sweeps.attacks.forge import Json, chunk, digest, forge, forge_text, padded, sign_text
@@ -92,6 +93,8 @@ names = st.sampled_from(["a", "b", "x", "ﬁ", "fi", "_a", "class", "é", "a b",
 dtypes = field("float32", "uint8", "bfloat16", "complex64", "bool", "int64", "float8_e5m2")
 numpy_dtypes = field("<f4", "<f8", ">i2", "|u1", "<U1", "|S3", "<M8[s]", "<m8", "|b1", "<f2")
 small = st.integers(0, 3)
+plain_types = st.sampled_from(sorted(PLAIN))
+made_types = st.sampled_from(sorted(MADE))
 
 leaves = st.one_of(
     st.sampled_from([None, True, 3, 0.5, "text", 2**60]),
@@ -131,6 +134,11 @@ def containers(nodes: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
             )
         ),
         record(t="object", type=field("os.system"), state=nodes),
+        record(t="typed", type=field("os.system"), of=nodes),
+        record(t="plain", type=plain_types, of=nodes),
+        record(t="plain", type=field("set", "frozenset"), of=record(t="tuple", items=field(items))),
+        record(t="made", type=made_types, of=nodes, args=nodes),
+        record(t="made", type=field("collections.deque"), of=record(t="list", items=field(items))),
     )
 
 

@@ -14,6 +14,10 @@ NESTS = {
     "keys": ('{"t":"dict","values":[0],"keys":[', "0", "]}"),
     "objects": ('{"t":"object","type":"x","state":', "null", "}"),
     "metadata": ('{"t":"odict","keys":[],"values":[],"metadata":', "null", "}"),
+    "typed": ('{"t":"typed","type":"x","of":', "null", "}"),
+    "plain": ('{"t":"plain","type":"frozenset","of":', "null", "}"),
+    "made": ('{"t":"made","type":"collections.deque","of":{"t":"list","items":[', "null", "]}}"),
+    "args": ('{"t":"made","type":"bytearray","of":{"t":"bytes","data":""},"args":', "0", "}"),
     "named tuples": ('{"t":"namedtuple","name":"P","fields":["x"],"items":[', "null", "]}"),
 }
 

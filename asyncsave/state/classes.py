@@ -1,0 +1,275 @@
+"""Classes: values of the program's own classes, as plain data and back.
+
+An enum member, a subclass of a plain type, a dataclass or a namespace is saved as plain data under
+the name of its class. `register` says it for any other class. A name in a checkpoint is never
+imported: what a program has not registered comes back plain, and where a live value has the class,
+`as_live` makes it of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import dataclasses
+import enum
+import types
+from collections.abc import Callable, MutableMapping
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError, LoadError
+
+
+class Registered(NamedTuple):
+    """How a class is saved: see `register`."""
+
+    type: type
+    name: str
+    to_plain: Callable[[Any], Any]
+    from_plain: Callable[[Any], Any]
+
+
+BY_TYPE: dict[type, Registered] = {}
+_BY_NAME: dict[str, Registered] = {}
+
+
+def register(
+    type: type,
+    *,
+    to_plain: Callable[[Any], Any],
+    from_plain: Callable[[Any], Any],
+    name: str | None = None,
+) -> None:
+    """Say how values of a class of your own are saved and loaded, in this process.
+
+    They are found anywhere in a state, but not those of its subclasses. Register a class wherever
+    it is saved or loaded, at import say. Where it is not, its plain value is loaded.
+
+    Args:
+        type: the class.
+        to_plain: takes a value; returns anything that can be saved, and has no side effect. It runs
+            in each save, in the thread that called it.
+        from_plain: takes what ``to_plain`` had returned, with new tensors; returns a value.
+        name: what the class is called in checkpoints; its module and name, if it is not given. Give
+            one if the class may move: checkpoints are found by it.
+
+    Raises:
+        ConfigError: this is no class, or one that asyncsave knows; another has the name.
+    """
+    if not isinstance(type, _TYPE):
+        raise ConfigError(f"register: {type!r} is no class")
+    if type.__module__.partition(".")[0] in ("builtins", "torch", "numpy", "collections"):
+        raise ConfigError(
+            f"register: {type.__qualname__} is not a class of your own; wrap it in one that is"
+        )
+    if not callable(to_plain) or not callable(from_plain):
+        raise ConfigError("register: to_plain and from_plain must be functions")
+    name = class_name(type) if name is None else name
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise ConfigError(f"register: name={name!r:.80} must be a text of at most 200 characters")
+    other = _BY_NAME.get(name)
+    if other is not None and class_name(other.type) != class_name(type):
+        raise ConfigError(
+            f"register: {name!r} is the name of {class_name(other.type)} already; give another one"
+        )
+    if old := BY_TYPE.get(type):
+        _BY_NAME.pop(old.name, None)
+    if other is not None:  # a module that was reloaded, or a cell that was run again
+        BY_TYPE.pop(other.type, None)
+    BY_TYPE[type] = _BY_NAME[name] = Registered(type, name, to_plain, from_plain)
+
+
+_TYPE = type
+
+
+def class_name(kind: Any) -> str:
+    """Return the name that a class has in a checkpoint, if it was not registered under another."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def typed(name: str, plain: Any) -> Any:
+    """Return the value of a registered class, or the plain one that was given.
+
+    Raises:
+        LoadError: ``from_plain`` raised.
+    """
+    known = _BY_NAME.get(name)
+    return plain if known is None else _from_plain(known, plain)
+
+
+def _from_plain(known: Registered, plain: Any) -> Any:
+    try:
+        return known.from_plain(plain)
+    except Exception as cause:
+        raise LoadError(
+            f"from_plain of {known.name}, which is registered, raised {cause!r:.200} for what was "
+            "saved; register another one, or none to get the plain value"
+        ) from cause
+
+
+# -- plain data of classes that nobody has registered --------------------------------------------
+
+_EXACT: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    dict: dict,
+    list: list,
+    tuple: tuple,
+}
+
+_SEQUENCES = (list, tuple, collections.deque)
+
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+
+
+def has_plain_form(value: Any) -> bool:
+    """Whether a value is of a class of which the plain data is known without registering it."""
+    return isinstance(value, (enum.Enum, *_EXACT, *NAMESPACES)) or is_record(value)
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether the fields of a dataclass cannot be set."""
+    return bool(type(value).__dataclass_params__.frozen)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is of a dataclass, and no class itself."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def plain_form(value: Any) -> Any:
+    """Return the plain data of such a value.
+
+    Raises:
+        ValueError: it has attributes beside it, which would be lost; or lacks one.
+    """
+    if isinstance(value, enum.Enum):
+        return value.value
+    for base, exact in _EXACT.items():
+        if isinstance(value, base):
+            _refuse_attributes(value)
+            return exact(value)
+    if isinstance(value, NAMESPACES):
+        return dict(vars(value))
+    names = [field.name for field in dataclasses.fields(value)]
+    if lacking := [name for name in names if not hasattr(value, name)]:
+        raise ValueError(f"its field {lacking[0]!r} has no value")
+    return {name: getattr(value, name) for name in names}
+
+
+def _refuse_attributes(value: Any) -> None:
+    own = getattr(value, "__dict__", {})
+    items = value if isinstance(value, dict) else {}
+    beside = [name for name in own if name not in items or items[name] is not own[name]]
+    if beside:
+        raise ValueError(
+            f"it has attributes, as {beside[0]!r}, which would be lost; say with "
+            "asyncsave.register() how it is saved, or save them beside it"
+        )
+
+
+# -- as the live value is -------------------------------------------------------------------------
+
+
+class Fields(MutableMapping[str, Any]):
+    """The fields of a dataclass as a dict, to be filled."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        names = [field.name for field in dataclasses.fields(value)]
+        self._names = [name for name in names if hasattr(value, name)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return getattr(self._value, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._value, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a field cannot be removed")
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def plain_key(key: Any) -> Any:
+    """Return what a key of a live dict is in a checkpoint, where that is another value."""
+    if isinstance(key, enum.Enum):
+        return plain_key(key.value)
+    return key
+
+
+def as_live(live: Any, new: Any) -> Any:
+    """Return plain data as values of the classes that a live value has in the same places.
+
+    Raises:
+        ValueError, TypeError and whatever else the classes raise.
+    """
+    known = BY_TYPE.get(type(live))
+    if known is not None:
+        return new if isinstance(new, known.type) else _from_plain(known, new)
+    if isinstance(live, enum.Enum):
+        return new if new is None or type(new) is type(live) else type(live)(new)
+    if isinstance(live, dict) and isinstance(new, dict):
+        return _dict_as_live(live, new)
+    if isinstance(live, _SEQUENCES) and isinstance(new, _SEQUENCES):
+        return _sequence_as_live(live, new)
+    if isinstance(live, (set, frozenset)) and isinstance(new, (set, frozenset)):
+        return _set_as_live(live, new)
+    if isinstance(live, (str, int, float)) and type(live) not in (str, int, float, bool):
+        fits = isinstance(new, (str, int, float)) and type(new) in type(live).__mro__
+        kind: Any = type(live)
+        return kind(new) if fits else new
+    if isinstance(live, NAMESPACES) and isinstance(new, dict):
+        return type(live)(**_dict_as_live(vars(live), new))
+    if is_record(live) and isinstance(new, dict):
+        own = Fields(live)
+        return remade(live, {**own, **_dict_as_live(dict(own), new)})
+    return new
+
+
+def remade(live: Any, fields: dict[str, Any]) -> Any:
+    """Return a dataclass like ``live`` with other values in these fields.
+
+    Made without its ``__init__``, which may take others.
+    """
+    made = object.__new__(type(live))
+    for name, value in {**getattr(live, "__dict__", {}), **fields}.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _dict_as_live(live: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:
+    keys = {plain_key(key): key for key in live}
+    items = {
+        keys.get(key, key): as_live(live[keys[key]], value) if key in keys else value
+        for key, value in new.items()
+    }
+    # a copy of a live one has its attributes, and a new one its own: _metadata, say
+    is_plain = type(live) in (dict, collections.OrderedDict, type(new))
+    made = new if is_plain else copy.copy(live)
+    made.clear()
+    made.update(items)
+    return made
+
+
+def _sequence_as_live(live: Any, new: Any) -> Any:
+    items = [as_live(*pair) for pair in zip(live, new, strict=False)]
+    items += list(new)[len(items) :]
+    if isinstance(new, collections.deque):
+        return collections.deque(items, new.maxlen)
+    kind: Any = type(live) if type(new) in (list, tuple) else type(new)
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def _set_as_live(live: Any, new: Any) -> Any:
+    kinds = set(map(type, live))
+    kind: Any = kinds.pop() if len(kinds) == 1 else None
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return type(new)(map(kind, new)) if is_enum else new

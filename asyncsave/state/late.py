@@ -1,0 +1,53 @@
+"""Late: which leaves may be copied while the next forward and backward pass runs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def late_copies(
+    values: Sequence[Any],
+    objects: Iterable[Any],
+    owns: Callable[[torch.Tensor], bool],
+    *,
+    overlap: bool,
+) -> tuple[list[bool], bool]:
+    """Return for each leaf whether its copy may go on until the next ``optimizer.step()``.
+
+    Args:
+        values: the leaves.
+        objects: those whose ``state_dict()`` was called for them.
+        owns: says whether a tensor is on a device that copies asynchronously.
+        overlap: False: none may.
+
+    Returns:
+        That, and whether any leaf is on such a device.
+    """
+    late = [False] * len(values)
+    there = [
+        (i, value)
+        for i, value in enumerate(values)
+        if isinstance(value, torch.Tensor) and owns(value)
+    ]
+    if overlap and there:
+        stepped = {tensor.data_ptr() for each in objects for tensor in _stepped(each)}
+        for i, value in there:
+            # a tensor of inference mode has no version to compare
+            late[i] = not value.is_inference() and value.data_ptr() in stepped
+    return late, bool(there)
+
+
+def _stepped(each: Any) -> Iterator[torch.Tensor]:
+    """Yield what only ``optimizer.step()`` changes of an object."""
+    if isinstance(each, torch.nn.Module):
+        yield from (tensor for tensor in each.parameters() if type(tensor) in _PLAIN_TENSORS)
+    elif isinstance(each, torch.optim.Optimizer):
+        for state in each.state.values():
+            for value in state.values():
+                if type(value) in _PLAIN_TENSORS:
+                    yield value
