@@ -70,6 +70,7 @@ class CheckpointInfo:
         time: when it was written, in UTC; None where that cannot be read.
         metrics: what was given to ``step`` or ``save``; None for what was not finite.
         metadata: what was given to ``step`` or ``save``.
+        files: the names of the files beside the state, which are in its directory.
         stored_bytes: length of its files; None where that cannot be told.
         newest: `restore` begins with this one.
         left: a rollback left it: it is restored only when its step is asked for.
@@ -82,6 +83,7 @@ class CheckpointInfo:
     time: datetime.datetime | None
     metrics: dict[str, float | None]
     metadata: Any
+    files: tuple[str, ...]
     stored_bytes: int | None
     newest: bool
     left: bool

@@ -15,16 +15,17 @@ from .codec.compression import CompressionSetting, parse_compression
 from .errors import CheckpointExistsError, ConfigError, LoadError, looking
 from .format.files import CHECKPOINT_FILE
 from .format.lineage import NO_LINEAGE, Lineage
-from .format.notes import encode_plain, parse_metrics, parse_step
+from .format.notes import parse_step
 from .pipeline.budget import MemoryLimit, parse_limit
 from .pipeline.handle import SaveHandle
 from .pipeline.pipeline import Pipeline
-from .pipeline.save import Target
 from .pipeline.session import Session
+from .pipeline.target import Notes, Target
 from .pipeline.watchdog import STALL_WARNING_SECONDS
 from .reading.files import read_record
 from .reading.history import read_history
 from .storage.place import PathLike, Place, place_of
+from .storage.sidecars import Files
 from .storage.steps import STEP, step_name, sweep
 
 
@@ -94,6 +95,7 @@ class Saver(Session):
         *,
         step: int | None = None,
         overwrite: bool = False,
+        files: Files | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Any = None,
     ) -> SaveHandle:
@@ -111,6 +113,9 @@ class Saver(Session):
             step: the training step that ``state`` is after, if it is to be stored.
             overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
                 durable.
+            files: files to write beside the state, in the same commit: names, and for each its
+                bytes or the path of a file, which is read before this returns. They are found in
+                the checkpoint's directory, and `verify` checks them. 256 MiB at most.
             metrics: numbers to store in ``checkpoint.json``.
             metadata: plain JSON to store there.
 
@@ -124,14 +129,14 @@ class Saver(Session):
         with self._turns.take():
             self._turns.check()
             number = None if step is None else parse_step(step, state)
-            numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
+            notes = Notes.of(metrics, metadata, files)
             where = place_of(path)
             _check_name(where, number)
             self._saves.await_current()
             self._saves.raise_unseen()
             lineage = _prepare(where, overwrite=overwrite, made=self._parent)
             self._parent = where.parent
-            target = Target(where, number, lineage, overwrite, numbers, plain)
+            target = Target(where, number, lineage, overwrite, notes)
             return self._saves.begin(state, target, began)
 
 
@@ -142,6 +147,7 @@ def save(
     compression: CompressionSetting = "auto",
     memory_limit: MemoryLimit = "auto",
     overwrite: bool = False,
+    files: Files | None = None,
 ) -> SaveHandle:
     """Save ``state`` as one checkpoint at ``path``, in the background: a `Saver` used once.
 
@@ -156,6 +162,7 @@ def save(
         memory_limit: most bytes to use beside the state, as an int or as "2GB", or "auto".
         overwrite: replace a checkpoint that is at ``path``, in one step, once the new one is
             durable.
+        files: files to write beside the state, see `Saver.save`.
 
     Raises:
         StateError, ConfigError, StagingError, CheckpointExistsError: at once.
@@ -163,12 +170,14 @@ def save(
     """
     began = time.perf_counter()
     setting, limit = parse_compression(compression), parse_limit(memory_limit)
+    notes = Notes.of(None, None, files)
     where = place_of(path)
     _check_name(where, None)
     lineage = _prepare(where, overwrite=overwrite)
+    target = Target(where, None, lineage, overwrite, notes)
     pipeline = Pipeline(compression=setting, memory_limit=limit, overlap=True, durable=True)
     try:
-        handle = pipeline.save(state, Target(where, None, lineage, overwrite), began)
+        handle = pipeline.save(state, target, began)
         pipeline.end()
     except BaseException:
         pipeline.close()

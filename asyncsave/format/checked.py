@@ -27,15 +27,16 @@ from .files import (
     MAX_DIMS,
     MAX_RANK_BYTES,
     data_file,
+    is_sidecar_name,
     rank_file,
 )
 from .leaf import Leaf
 from .records import (
     CheckpointRecord,
     ChunkRecord,
+    EntryRecord,
     FileRecord,
     FormatRecord,
-    RankFileRecord,
     RankRecord,
     TensorRecord,
     decode,
@@ -95,6 +96,12 @@ def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord
         _require(entry.file == rank_file(rank), path, f"name of rank {rank}'s manifest")
         _require(0 < entry.length <= MAX_RANK_BYTES, path, f"length of rank {rank}'s manifest")
         _require(_HEX.fullmatch(entry.xxh3_128) is not None, path, "checksum")
+    for sidecar in record.files:
+        _require(is_sidecar_name(sidecar.file), path, f"name of the file {sidecar.file!r:.40}")
+        _require(0 <= sidecar.length <= MAX_BYTES, path, f"length of {sidecar.file}")
+        _require(_HEX.fullmatch(sidecar.xxh3_128) is not None, path, "checksum")
+    names = {sidecar.file.casefold() for sidecar in record.files}
+    _require(len(names) == len(record.files), path, "list of files, which has one twice,")
     if record.world_size != 1:
         raise UnsupportedVersionError(
             f"{path} was written by {record.world_size} ranks; this asyncsave reads one"
@@ -102,9 +109,7 @@ def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord
     return record
 
 
-def decode_rank(
-    data: bytes | bytearray, entry: RankFileRecord, rank: int, path: object
-) -> Manifest:
+def decode_rank(data: bytes | bytearray, entry: EntryRecord, rank: int, path: object) -> Manifest:
     """Return what is in the bytes of a rank manifest, checked.
 
     Args:

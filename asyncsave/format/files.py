@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FORMAT = 1
 CHECKPOINT_FILE = "checkpoint.json"
 FRAME_ALIGNMENT = 4096
@@ -13,6 +15,22 @@ MAX_BYTES = 1 << 62
 """Of a data file, and of a tensor's elements."""
 
 MAX_DIMS = 64
+
+
+_OURS = re.compile(r"checkpoint\.json|rank-.*|step-.*|set-aside-.*", re.IGNORECASE)
+
+
+def is_sidecar_name(name: object) -> bool:
+    """Whether a file beside a state may have this name: a plain one, and none of ours."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name.encode("utf-8", "replace")) <= 200
+        and not name.startswith(".")
+        and name == name.strip()
+        and not set(name) & set('/\\:*?"<>|')
+        and not _OURS.fullmatch(name)
+    )
 
 
 def rank_file(rank: int) -> str:

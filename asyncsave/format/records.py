@@ -7,6 +7,7 @@ may be believed. Pure: no threads, no files, no clock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -76,7 +77,9 @@ class RankRecord(_Record, frozen=True):
     tree: Node
 
 
-class RankFileRecord(_Record, frozen=True):
+class EntryRecord(_Record, frozen=True):
+    """A file that ``checkpoint.json`` vouches for: a rank's manifest, or a sidecar."""
+
     file: str
     length: int
     xxh3_128: str
@@ -96,8 +99,9 @@ class CheckpointRecord(_Record, frozen=True):
     versions: dict[str, str]
     metrics: dict[str, float | None]
     metadata: object
-    ranks: list[RankFileRecord]
+    ranks: list[EntryRecord]
     lineage: Lineage = NO_LINEAGE
+    files: list[EntryRecord] = []
 
 
 # -- into bytes -------------------------------------------------------------------------------
@@ -140,6 +144,11 @@ def encode_checkpoint(record: CheckpointRecord) -> bytes:
     return _PREFIX + digest(rest).encode() + rest
 
 
+def entry(name: str, data: bytes) -> EntryRecord:
+    """Return what ``checkpoint.json`` says of a file with these bytes."""
+    return EntryRecord(file=name, length=len(data), xxh3_128=digest(data))
+
+
 @dataclass(frozen=True, slots=True)
 class About:
     """What a checkpoint says of itself in ``checkpoint.json``; FORMAT.md has the members."""
@@ -150,6 +159,7 @@ class About:
     metadata: object
     time: str
     versions: dict[str, str]
+    files: Mapping[str, bytes]
 
 
 def encode_manifests(
@@ -172,7 +182,7 @@ def encode_manifests(
     rank_bytes = encode_rank(
         RankRecord(format=FORMAT, rank=0, files=files, chunks=chunks, tensors=tensors, tree=tree)
     )
-    rank = RankFileRecord(file=rank_file(0), length=len(rank_bytes), xxh3_128=digest(rank_bytes))
+    rank = entry(rank_file(0), rank_bytes)
     checkpoint_bytes = encode_checkpoint(
         CheckpointRecord(
             format=FORMAT,
@@ -184,6 +194,7 @@ def encode_manifests(
             metadata=about.metadata,
             ranks=[rank],
             lineage=about.lineage,
+            files=[entry(name, data) for name, data in about.files.items()],
         )
     )
     return rank_bytes, checkpoint_bytes

@@ -35,7 +35,8 @@ from ..state.layout import Layout, Layouts
 from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
-from .save import Save, Snapshot, Target
+from .save import Save, Snapshot
+from .target import Target
 from .watchdog import STALL_WARNING_SECONDS, Watchdog
 
 

@@ -21,11 +21,9 @@ import collections
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from ..codec import kernel
-from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.records import ChunkRecord
 from ..report import SaveReport
 from ..snapshot.arena import Arena
@@ -33,8 +31,8 @@ from ..snapshot.fence import LateCopies
 from ..snapshot.snapshotter import Staged
 from ..state.chunks import Plan
 from ..state.flatten import Flat
-from ..storage.place import Place
 from .handle import SaveHandle, log_exception
+from .target import Target
 from .watchdog import Watchdog
 
 
@@ -76,29 +74,6 @@ NEXT: dict[Snapshot | State, set[Snapshot | State]] = {
     State.FAILED: set(),
     State.UNKNOWN: set(),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a save is to become.
-
-    Attributes:
-        place: the checkpoint's directory.
-        step: the training step, or None.
-        lineage: its place in a run.
-        replace: a checkpoint that is there already is replaced.
-        metrics: numbers by which retention may judge it.
-        metadata: what the user wants to find in ``checkpoint.json``, encoded.
-        then: called in the background once the checkpoint is durable, for retention.
-    """
-
-    place: Place
-    step: int | None = None
-    lineage: Lineage = NO_LINEAGE
-    replace: bool = False
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    metadata: object = None
-    then: Callable[[], None] = lambda: None
 
 
 class Save:

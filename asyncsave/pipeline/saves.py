@@ -9,7 +9,7 @@ from ..errors import BusyError, CommitError, ConfigError, SaveError
 from ..report import Stats
 from .handle import SaveHandle, raise_unseen, warn_unseen
 from .pipeline import Pipeline
-from .save import Target
+from .target import Target
 
 OnBusy = Literal["wait", "skip", "error"]
 OnError = Literal["raise", "warn"]

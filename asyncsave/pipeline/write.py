@@ -109,12 +109,13 @@ class Writing:
                     self._encoding.disk_is_known(frames)
         save.to(State.SEALING)
         rank_manifest, record = await call(self._io, self._manifests, save, draft.nbytes)
-        await draft.seal(rank_manifest)
+        await draft.seal(rank_manifest, save.target.notes.files)
         self._chooser.synced(draft.nbytes, draft.sync_seconds)
         save.to(State.PUBLISHING)
         await draft.publish(record, replace=save.target.replace)
         save.to(State.DURABLE)
-        return draft.nbytes + len(rank_manifest) + len(record)
+        files = sum(map(len, save.target.notes.files.values()))
+        return draft.nbytes + len(rank_manifest) + len(record) + files
 
     @contextlib.asynccontextmanager
     async def _fed(self, save: Save) -> AsyncIterator[Frames]:
@@ -195,8 +196,9 @@ class Writing:
             about=About(
                 step=target.step,
                 lineage=target.lineage,
-                metrics=target.metrics,
-                metadata=target.metadata,
+                metrics=dict(target.notes.metrics),
+                metadata=target.notes.metadata,
+                files=target.notes.files,
                 time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                 versions={
                     "asyncsave": __version__,

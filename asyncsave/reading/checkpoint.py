@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from ..format.checked import Manifest, decode_checkpoint, decode_rank
 from ..format.files import CHECKPOINT_FILE, MAX_RANK_BYTES
@@ -26,7 +25,7 @@ from ..storage.files import File
 from ..storage.place import Place
 from ..storage.steps import check_name
 from .chunks import Chunks
-from .files import check_length, read_first, read_whole
+from .files import check_entry, check_length, read_first, read_whole
 from .fill import Fill, scatter, tiles
 from .workers import Scratch, in_parallel
 
@@ -52,20 +51,21 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: Path,
+        place: Place,
         record: CheckpointRecord,
         manifests: Sequence[Manifest],
         chunks: Sequence[Chunks],
         stored_bytes: int,
         opened: contextlib.ExitStack,
     ) -> None:
-        self.path = path
+        self.path = place.path
         self.record = record
         # how the trees of several ranks belong together is not defined yet: one is let through
         self.tree = manifests[0].tree
         self.leaves = manifests[0].leaves
         self.chunks = chunks
         self.stored_bytes = stored_bytes
+        self._place = place
         self._opened = opened
 
     @classmethod
@@ -95,7 +95,8 @@ class Checkpoint:
                 manifests.append(manifest)
                 chunks.append(Chunks(manifest, files))
                 nbytes += len(data) + sum(file.nbytes for file in files)
-            return cls(place.path, record, manifests, chunks, nbytes, opened.pop_all())
+            nbytes += sum(sidecar.length for sidecar in record.files)
+            return cls(place, record, manifests, chunks, nbytes, opened.pop_all())
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -166,6 +167,16 @@ class Checkpoint:
         every = [(r, i) for r, rank in enumerate(self.chunks) for i in range(len(rank.records))]
         in_parallel(every, check, self._longest)
         return kept
+
+    def check_files(self) -> None:
+        """Compare the files beside the state with their checksums.
+
+        Raises:
+            IntegrityError: one is missing, or is not what was written; values are unharmed.
+            LoadError: it cannot be read now.
+        """
+        for each in self.record.files:
+            check_entry(self._place / each.file, each)
 
     def check_gaps(self) -> None:
         """Check the bytes without a checksum, those between frames.

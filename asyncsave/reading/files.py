@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import xxhash
+
 from ..errors import CheckpointNotFoundError, FormatError, IntegrityError, LoadError
 from ..format.checked import decode_checkpoint
 from ..format.files import CHECKPOINT_FILE, MAX_CHECKPOINT_BYTES
-from ..format.records import CheckpointRecord
+from ..format.records import CheckpointRecord, EntryRecord
 from ..storage.files import File
 from ..storage.place import Place
+
+_READ_BYTES = 1 << 20
 
 
 def read_record(place: Place) -> CheckpointRecord:
@@ -69,4 +73,33 @@ def check_length(file: File, nbytes: int) -> None:
             f"{file.path} is {file.nbytes} bytes long, not {nbytes}",
             path=file.path,
             offset=min(file.nbytes, nbytes),
+        )
+
+
+def check_entry(place: Place, entry: EntryRecord) -> None:
+    """Read a file, and compare it with what ``checkpoint.json`` says of it.
+
+    Raises:
+        IntegrityError: it is missing, cannot be read, or is another.
+        LoadError: it cannot be read now.
+    """
+    file = place.open()
+    try:
+        check_length(file, entry.length)
+        found, done = xxhash.xxh3_128(), 0
+        buffer = bytearray(min(_READ_BYTES, entry.length))
+        while done < entry.length:
+            piece = memoryview(buffer)[: entry.length - done]
+            count = file.read_into(done, piece)
+            if not count:
+                break
+            found.update(piece[:count])
+            done += count
+    finally:
+        file.close()
+    if found.hexdigest() != entry.xxh3_128:
+        raise IntegrityError(
+            f"{place} is damaged: it is not the file that {CHECKPOINT_FILE} describes",
+            path=place.path,
+            offset=0,
         )

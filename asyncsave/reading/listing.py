@@ -42,6 +42,7 @@ def verify(path: PathLike) -> VerifyReport:
             with Checkpoint.open(each.place) as checkpoint:
                 checkpoint.check()
                 harmless.add(each.path)  # whatever is found from here on
+                checkpoint.check_files()
                 checkpoint.check_gaps()
                 chunks += checkpoint.chunk_count
                 raw_bytes += checkpoint.raw_bytes
@@ -119,6 +120,7 @@ def list_checkpoints(history: History, *, verify: bool) -> list[CheckpointInfo]:
             try:
                 with Checkpoint.open(each.place) as checkpoint:
                     checkpoint.check()
+                    checkpoint.check_files()
                     checkpoint.check_gaps()
             except LoadError as found:
                 error = found
@@ -129,6 +131,7 @@ def list_checkpoints(history: History, *, verify: bool) -> list[CheckpointInfo]:
                 time=_time(each),
                 metrics={} if each.record is None else dict(each.record.metrics),
                 metadata=None if each.record is None else _plain(each.record.metadata),
+                files=() if each.record is None else tuple(f.file for f in each.record.files),
                 stored_bytes=_stored_bytes(each),
                 newest=each is history.line[0],
                 left=each in history.left,
@@ -154,7 +157,7 @@ def _stored_bytes(entry: Entry) -> int | None:
     """Return how long the files are; None where that cannot be told."""
     if entry.record is None:
         return None
-    total = sum(rank.length for rank in entry.record.ranks)
+    total = sum(each.length for each in (*entry.record.ranks, *entry.record.files))
     try:
         for name in (CHECKPOINT_FILE, data_file(0)):
             file = (entry.place / name).open()

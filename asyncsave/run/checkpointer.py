@@ -20,17 +20,19 @@ from ..codec.compression import CompressionSetting
 from ..errors import (
     ConfigError,
 )
-from ..format.notes import encode_plain, parse_metrics, parse_step
+from ..format.notes import parse_step
 from ..pipeline.budget import MemoryLimit
 from ..pipeline.handle import SaveHandle
 from ..pipeline.saves import OnBusy, OnError
 from ..pipeline.session import Session
+from ..pipeline.target import Notes
 from ..pipeline.watchdog import STALL_WARNING_SECONDS
 from ..reading.listing import list_checkpoints
 from ..report import CheckpointInfo, RestoreReport
 from ..restoring.restore import load_from, restore_from
 from ..restoring.wish import Wish
 from ..storage.place import PathLike, place_of
+from ..storage.sidecars import Files
 from .cadence import Cadence
 from .directory import Existing, RunDirectory, Step
 from .retention import KeepBest, Policy
@@ -156,6 +158,7 @@ class Checkpointer(Session):
         step: int,
         state: Any,
         *,
+        files: Files | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Any = None,
     ) -> SaveHandle | None:
@@ -166,6 +169,7 @@ class Checkpointer(Session):
 
         Args:
             step: the training step that ``state`` is after.
+            files: files to write beside the state, in the same commit, see `Saver.save`.
             metrics: numbers to store, which ``keep_best`` may go by.
             metadata: plain JSON to store in ``checkpoint.json``.
 
@@ -199,7 +203,7 @@ class Checkpointer(Session):
                 self._has_begun = True
             handle = None
             if is_due:
-                handle = self._begin(number, state, metrics, metadata, wait=stopping)
+                handle = self._begin(number, state, files, metrics, metadata, wait=stopping)
                 if handle is not None:
                     self._cadence.restart()
             if stopping and handle is not None:
@@ -214,6 +218,7 @@ class Checkpointer(Session):
         step: int,
         state: Any,
         *,
+        files: Files | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Any = None,
         block: bool = False,
@@ -238,7 +243,7 @@ class Checkpointer(Session):
         with self._turns.take():
             self._turns.check()
             number = parse_step(step, state)
-            handle = self._begin(number, state, metrics, metadata)
+            handle = self._begin(number, state, files, metrics, metadata)
             if handle is not None:
                 self._cadence.restart()
             if not block:
@@ -366,6 +371,7 @@ class Checkpointer(Session):
         self,
         step: int,
         state: Any,
+        files: Files | None,
         metrics: Mapping[str, float] | None,
         metadata: Any,
         *,
@@ -373,12 +379,11 @@ class Checkpointer(Session):
     ) -> SaveHandle | None:
         """Begin a save of the run; None if one is in flight, and this one is skipped."""
         began = time.perf_counter()
-        numbers, plain = parse_metrics(metrics), encode_plain(metadata, "metadata")
+        notes = Notes.of(metrics, metadata, files)
         if not self._saves.is_free(wait=wait):
             return None
         self._saves.note_uncertain(self._run.put)
-        target = self._run.next(step, numbers, plain)
-        return self._saves.begin(state, target, began)
+        return self._saves.begin(state, self._run.next(step, notes), began)
 
     def _give_back(self) -> None:
         if self._signals.arrived and not self._should_stop:

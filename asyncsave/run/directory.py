@@ -26,7 +26,7 @@ from ..format.files import CHECKPOINT_FILE
 from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.notes import parse_step
 from ..format.records import CheckpointRecord
-from ..pipeline.save import Target
+from ..pipeline.target import Notes, Target
 from ..reading.history import History, read_history
 from ..reading.newest import Position, forget_loaded, loaded
 from ..storage.place import Place
@@ -168,7 +168,7 @@ class RunDirectory:
                 "back, restore(state, step=…); to begin anew, use another directory"
             )
 
-    def next(self, step: int, metrics: dict[str, float | None], metadata: object) -> Target:
+    def next(self, step: int, notes: Notes) -> Target:
         """Return what a save of ``step`` is to become, which goes on from the last one.
 
         Raises:
@@ -195,14 +195,13 @@ class RunDirectory:
                 self._check_replaced(step, now)
         lineage = now.next(max(self._top, now.serial))
         self._top = lineage.serial
-        self._warn_of_metrics(step, metrics)
+        self._warn_of_metrics(step, notes.metrics)
         return Target(
             place=place,
             step=step,
             lineage=lineage,
             replace=replaces,
-            metrics=metrics,
-            metadata=metadata,
+            notes=notes,
             then=functools.partial(self.committed, step, lineage),
         )
 

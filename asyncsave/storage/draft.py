@@ -4,7 +4,7 @@ The order is the promise, each step only after the one before has returned:
 
     begin     a hidden directory, locked; its data file
     append    frames, one after the other, each on pages of its own
-    seal      data synced → rank manifest synced
+    seal      data synced → sidecars synced → rank manifest synced
     publish   checkpoint.json synced → directory synced → rename → parent synced
 
 and only then it is reported durable, and older checkpoints may be pruned.
@@ -22,7 +22,7 @@ import errno
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, Self, TypeVar
 
@@ -142,8 +142,8 @@ class Draft:
         self.nbytes = self._file.nbytes
         return offset
 
-    async def seal(self, rank_manifest: bytes) -> None:
-        """End this rank's files, so that only ``checkpoint.json`` is missing."""
+    async def seal(self, rank_manifest: bytes, sidecars: Mapping[str, bytes]) -> None:
+        """Write what is beside, and end this rank: only ``checkpoint.json`` is missing then."""
         assert self._file is not None
         if self._durable:
             begun = time.perf_counter()
@@ -151,6 +151,8 @@ class Draft:
             self.sync_seconds = time.perf_counter() - begun
         file, self._file = self._file, None
         await file.close()
+        for name, data in sidecars.items():
+            await self._call(self._write, name, data)
         await self._call(self._write, rank_file(0), rank_manifest)
 
     async def publish(self, record: bytes, *, replace: bool) -> None:

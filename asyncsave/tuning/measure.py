@@ -32,7 +32,7 @@ from ..errors import ConfigError, looking
 from ..format.records import digest
 from ..pipeline.budget import CHUNK_BYTES, encoder_threads
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.save import Target
+from ..pipeline.target import Target
 from ..pipeline.workers import Workers
 from ..reading.newest import find
 from ..state.layout import dtype_name

@@ -21,7 +21,7 @@ import asyncsave
 from asyncsave import Checkpointer, SaveHandle
 from asyncsave.pipeline.background import Background
 from asyncsave.pipeline.pipeline import Pipeline
-from asyncsave.pipeline.save import Target
+from asyncsave.pipeline.target import Target
 from asyncsave.run.directory import RunDirectory
 from asyncsave.run.retention import Policy
 from asyncsave.storage.place import PathLike, Place

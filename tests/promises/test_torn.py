@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import asyncsave
-from asyncsave.pipeline.save import Target
+from asyncsave.pipeline.target import Target
 from asyncsave.snapshot.fence import FENCE
 from asyncsave.storage.place import Place
 from tests.doubles.fake_device import FakeDevice, make_pipeline, tensors_of

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from asyncsave.pipeline.handle import SaveHandle
-from asyncsave.pipeline.save import NEXT, Save, Snapshot, State, Target
+from asyncsave.pipeline.save import NEXT, Save, Snapshot, State
+from asyncsave.pipeline.target import Target
 from asyncsave.pipeline.watchdog import Watchdog
 from asyncsave.snapshot.arena import Arena
 from asyncsave.state.chunks import Plan

@@ -14,7 +14,7 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer
-from asyncsave.pipeline.save import Target
+from asyncsave.pipeline.target import Target
 from asyncsave.storage.place import Place
 from tests.doubles.disks import AskingDisk
 from tests.doubles.fake_device import FakeDevice, make_pipeline

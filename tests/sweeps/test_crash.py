@@ -55,6 +55,11 @@ def state_of(step: int) -> dict[str, Any]:
     return {"w": torch.randn(40_000, generator=torch.Generator().manual_seed(step)), "step": step}
 
 
+def beside(step: int) -> dict[str, bytes]:
+    """What is saved beside it; that it is whole, too, `verify` says."""
+    return {"config.json": f'{{"step": {step}}}'.encode()}
+
+
 MakeDisk = Callable[[Log], WrappedDisk]
 """Puts a disk together that writes to a log. Faults are below that, and so are logged as they are;
 mutants are above it: what they do is what asyncsave would have done."""
@@ -68,7 +73,7 @@ def run(log: Log, steps: int, disk: WrappedDisk) -> None:
     with Checkpointer(disk.at(log.root / "runs" / "a"), keep_last=KEEP, **SMALL) as ckpt:
         start: int = ckpt.load(keys="step")["step"] if ckpt.steps() else 0
         for step in range(start + 1, start + steps + 1):
-            ckpt.save(step, state_of(step), block=True)
+            ckpt.save(step, state_of(step), files=beside(step), block=True)
             log.note(step)
 
 
@@ -77,7 +82,10 @@ def overwrite(log: Log, steps: int, disk: WrappedDisk) -> None:
     path = log.root / "runs" / "a"
     start: int = asyncsave.load(path)["step"] if (path / CHECKPOINT_FILE).exists() else 0
     for step in range(start + 1, start + steps + 1):
-        asyncsave.save(state_of(step), disk.at(path), overwrite=True, **SMALL).result()
+        handle = asyncsave.save(
+            state_of(step), disk.at(path), files=beside(step), overwrite=True, **SMALL
+        )
+        handle.result()
         log.note(step)
 
 

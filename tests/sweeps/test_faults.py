@@ -103,7 +103,9 @@ def test_every_operation_of_a_save_fails_once(tmp_path: Path, number: int) -> No
         for faults in each_operation(number):
             steps = ckpt.steps()
             disk.faults = faults
-            error = error_of(functools.partial(ckpt.save, step, state_of(step)))
+            error = error_of(
+                functools.partial(ckpt.save, step, state_of(step), files={"a.json": b"{}"})
+            )
             disk.faults = Faults()
             assert all_free(ckpt)
             assert held() == before
