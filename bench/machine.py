@@ -17,7 +17,6 @@ import psutil
 import torch
 
 import asyncsave
-from asyncsave.codec import kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +62,8 @@ def peak_memory(every_seconds: float = 0.02) -> Iterator[Peak]:
 
 def provenance(command: Sequence[str], device: str, directory: Path) -> dict[str, Any]:
     """Return what a reader needs to know about where figures are from."""
+    from asyncsave.codec import kernel  # not before: knobs.py imports the codec in its own way
+
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": list(command),

@@ -54,8 +54,9 @@ _ROTATIONS: Final = (np.arange(256) - np.arange(16)[:, None]) % 256
 SPLIT_TRANSIENT_BYTES: Final = 256 << 10
 """Upper bound of what `split` allocates for the time of a call (the counts of a sample)."""
 
-# Whole exp32 frames decode at 3.0 with 1 << 18 to 1 << 21; in two threads, which wait for each
-# other's GIL after every call, at 3.5, 4.4, 5.0 and 4.7 (medians of nine).
+# 16 MiB of fp32 decode in 9.4, 9.3, 9.8, 10.8 and 11.7 ms with 1 << 18 to 1 << 22; in two threads,
+# which wait for each other's GIL after every call, in 10.8, 10.0, 9.8, 9.0, 11.8 (bench/knobs.py
+# join).
 _JOIN_ELEMENTS: Final = 1 << 20
 
 JOIN_SCRATCH_BYTES: Final = 6 * _JOIN_ELEMENTS

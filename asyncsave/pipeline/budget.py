@@ -34,18 +34,21 @@ _UNITS = {
 }
 
 CHUNK_BYTES = 16 << 20
-"""Longest chunk. Measured with O_DIRECT: 1.65 GB/s in writes of 16 MiB, 1.48 in writes of 4 MiB."""
+"""Longest chunk. From 4 to 64 MiB make no difference (bench/knobs.py chunk): 0.08 to 0.10 s blocked
+for 512 MiB; 1 MiB blocks for 0.14. With O_DIRECT alone: 1.65 GB/s in writes of 16 MiB, 1.48 of 4.
+"""
 
 MIN_CHUNK_BYTES = 64 << 10
 _MIN_SLOTS = 2
-# With fewer, staging waits for single chunks, and smaller ones serve better. Measured, 647 MiB in
-# 128 MiB of memory: 0.36 s with 8 at least, 0.39 with 4, 0.41 with 2, 0.37 with 16; at level 1 all
-# are the same, 0.66 to 0.68 s.
+# With fewer, staging waits for single chunks, and smaller ones serve better. Measured, 512 MiB in
+# 128 MiB of memory (bench/knobs.py slots): blocked for 0.55 s with 8, 1.27 with 4, 0.72 with 2,
+# 1.01 with 16.
 _PREFERRED_SLOTS = 8
 _HEAP_RESERVE_BYTES = 3 << 20
 """Kept free for what encoding takes from the heap beside what is counted: measured, 2.7 MiB.
 
-A third of it without encoding: measured, 0.7 MiB.
+A third of it without encoding: measured, 0.7 MiB. With 3 MiB a save at level 1 stays 12 MiB below
+the limit, with 1 MiB 2.2 (bench/knobs.py around).
 """
 
 

@@ -154,6 +154,8 @@ class _Crew(Generic[_T]):
 def reader_threads() -> int:
     """Return how many threads read: one more than the cores, eight at most.
 
-    So the disk has something to do while chunks are checked, decoded and copied.
+    So the disk has something to do while chunks are checked, decoded and copied. Measured on 2
+    cores with 1, 2, 3, 4 threads (bench/knobs.py readers): a load takes 0.56, 0.34, 0.33, 0.33 s, a
+    restore at level 1 0.68, 0.44, 0.37, 0.43.
     """
     return min(8, len(os.sched_getaffinity(0)) + 1)

@@ -19,10 +19,16 @@ from ..reading.groups import Group, grouped
 from ..state.values import TORCH_DTYPES, torch_dtype
 
 SMALL_BYTES = 4 << 10
-"""Up to this length, what a tensor costs by itself is more than its bytes."""
+"""Up to this length, what a tensor costs by itself is more than its bytes.
+
+Measured (bench/knobs.py small), loads of 20,000 tensors of one element: 0.53 s, and 1.37 one by
+one.
+"""
 
 BATCH_BYTES = 4 << 20
-"""How much of small tensors is done at once."""
+"""How much of small tensors is done at once. From 64 KiB to 16 MiB make no difference
+(bench/knobs.py together).
+"""
 
 NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
