@@ -24,8 +24,11 @@ class SaveReport:
             ``durable=False``).
         raw_bytes: length of everything with bulk in the state, each tie counted once.
         stored_bytes: length of the files that were written, manifests and padding included.
+        shared_bytes: length of what has not changed since the last checkpoint, and was linked and
+            not written.
         peak_memory_bytes: most memory the save took beside the live state: slots, frames, encoders.
-        chunks: how many chunks were written.
+        chunks: how many chunks the checkpoint has.
+        shared_chunks: how many of them were not written.
         encoded_chunks: how many of them are stored compressed.
         tensors: how many tensors, arrays and long bytes the state had.
         kernel: what splits elements into byte planes, "compiled" code or "NumPy".
@@ -39,22 +42,26 @@ class SaveReport:
     durable_seconds: float
     raw_bytes: int
     stored_bytes: int
+    shared_bytes: int
     peak_memory_bytes: int
     chunks: int
+    shared_chunks: int
     encoded_chunks: int
     tensors: int
     kernel: str
 
     @property
     def ratio(self) -> float:
-        """Raw bytes for each stored byte; above 1 is smaller on disk."""
-        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+        """Raw bytes for each stored or shared byte; above 1 is smaller on disk."""
+        stored = self.stored_bytes + self.shared_bytes
+        return self.raw_bytes / stored if stored else 1.0
 
     def __str__(self) -> str:
         name = self.path if self.step is None else f"step {self.step}"
         where = "" if self.step is None else f": {self.path}"
+        shared = f" and {gb(self.shared_bytes)} shared" if self.shared_bytes else ""
         return (
-            f"saved {name}, {gb(self.raw_bytes)} as {gb(self.stored_bytes)}, durable after "
+            f"saved {name}, {gb(self.raw_bytes)} as {gb(self.stored_bytes)}{shared}, durable after "
             f"{self.durable_seconds:.2f} s, of which the training was blocked for "
             f"{self.blocked_seconds + self.fence_seconds:.3f} s{where}"
         )
@@ -71,7 +78,9 @@ class CheckpointInfo:
         metrics: what was given to ``step`` or ``save``; None for what was not finite.
         metadata: what was given to ``step`` or ``save``.
         files: the names of the files beside the state, which are in its directory.
-        stored_bytes: length of its files; None where that cannot be told.
+        stored_bytes: length of its own files; None where that cannot be told.
+        shared_bytes: what it has beside them in data files of earlier checkpoints, which are linked
+            into it: what both have is on the disk once.
         newest: `restore` begins with this one.
         left: a rollback left it: it is restored only when its step is asked for.
         sound: whether every byte is what was written; None: that was not looked at.
@@ -85,6 +94,7 @@ class CheckpointInfo:
     metadata: Any
     files: tuple[str, ...]
     stored_bytes: int | None
+    shared_bytes: int
     newest: bool
     left: bool
     sound: bool | None
@@ -144,7 +154,7 @@ class Stats:
         failures: saves that were not committed.
         skipped: steps that were due and passed over, because of ``on_busy="skip"``.
         blocked_seconds, fence_seconds: what training waited, in all.
-        raw_bytes, stored_bytes: in all.
+        raw_bytes, stored_bytes, shared_bytes: in all.
         peak_memory_bytes: of the save that took most.
         reports: of the last 100 saves.
         passed_over: checkpoints that ``restore`` or ``load`` could not use, and why.
@@ -157,6 +167,7 @@ class Stats:
     fence_seconds: float = 0.0
     raw_bytes: int = 0
     stored_bytes: int = 0
+    shared_bytes: int = 0
     peak_memory_bytes: int = 0
     reports: list[SaveReport] = field(default_factory=list)
     passed_over: list[tuple[Path, str]] = field(default_factory=list)
@@ -171,6 +182,7 @@ class Stats:
         self.fence_seconds += report.fence_seconds
         self.raw_bytes += report.raw_bytes
         self.stored_bytes += report.stored_bytes
+        self.shared_bytes += report.shared_bytes
         self.peak_memory_bytes = max(self.peak_memory_bytes, report.peak_memory_bytes)
         self.reports.append(report)
         del self.reports[:-100]

@@ -20,7 +20,7 @@ from .pipeline.budget import MemoryLimit, parse_limit
 from .pipeline.handle import SaveHandle
 from .pipeline.pipeline import Pipeline
 from .pipeline.session import Session
-from .pipeline.target import Notes, Target
+from .pipeline.target import MAX_FILE_BYTES, Notes, OnDisk, ReuseSetting, Target
 from .pipeline.watchdog import STALL_WARNING_SECONDS
 from .reading.files import read_record
 from .reading.history import read_history
@@ -56,6 +56,10 @@ class Saver(Session):
         overlap: copy device tensors that only the optimizer changes during the next forward and
             backward pass. Off: everything is copied before `save` returns.
         durable: sync files and directories, so that what is reported done survives a power cut.
+        reuse: "content": what has the same bytes as in the last checkpoint is not written again,
+            but its file linked into the new one, which is whole all the same. "off": all is
+            written.
+        max_file_bytes: data files become no longer than this.
         stall_warning_seconds: log a warning that says where when a save has stood still for so
             long, and again each time that has doubled; None: never.
 
@@ -71,6 +75,8 @@ class Saver(Session):
         memory_limit: MemoryLimit = "auto",
         overlap: bool = True,
         durable: bool = True,
+        reuse: ReuseSetting = "content",
+        max_file_bytes: int = MAX_FILE_BYTES,
         stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
     ) -> None:
         try:
@@ -78,7 +84,7 @@ class Saver(Session):
                 compression=compression,
                 memory_limit=memory_limit,
                 overlap=overlap,
-                durable=durable,
+                on_disk=OnDisk.parse(durable, reuse, max_file_bytes),
                 stall_warning_seconds=stall_warning_seconds,
             )
             self._finish_if_dropped("a Saver")
@@ -175,7 +181,9 @@ def save(
     _check_name(where, None)
     lineage = _prepare(where, overwrite=overwrite)
     target = Target(where, None, lineage, overwrite, notes)
-    pipeline = Pipeline(compression=setting, memory_limit=limit, overlap=True, durable=True)
+    pipeline = Pipeline(
+        compression=setting, memory_limit=limit, overlap=True, on_disk=OnDisk(reuse=False)
+    )
     try:
         handle = pipeline.save(state, target, began)
         pipeline.end()

@@ -25,9 +25,11 @@ from .files import (
     MAX_BYTES,
     MAX_CHUNK_BYTES,
     MAX_DIMS,
+    MAX_FILES,
     MAX_RANK_BYTES,
     data_file,
     is_sidecar_name,
+    linked_file,
     rank_file,
 )
 from .leaf import Leaf
@@ -93,6 +95,8 @@ def decode_checkpoint(data: bytes | bytearray, path: object) -> CheckpointRecord
     _require(record.step is None or record.step >= 0, path, "step")
     _require(record.lineage.is_possible, path, "lineage")
     for rank, entry in enumerate(record.ranks):
+        data_bytes = (entry.own or 0, entry.shared)
+        _require(all(0 <= each <= MAX_BYTES for each in data_bytes), path, "length of its data")
         _require(entry.file == rank_file(rank), path, f"name of rank {rank}'s manifest")
         _require(0 < entry.length <= MAX_RANK_BYTES, path, f"length of rank {rank}'s manifest")
         _require(_HEX.fullmatch(entry.xxh3_128) is not None, path, "checksum")
@@ -131,10 +135,7 @@ def decode_rank(data: bytes | bytearray, entry: EntryRecord, rank: int, path: ob
     record = decode(data, RankRecord, path)
     _require(record.format == FORMAT, path, "format")
     _require(record.rank == rank, path, "rank")
-    _require(len(record.files) == 1, path, "number of data files")
-    for file in record.files:
-        _require(file.name == data_file(rank), path, f"file name {file.name!r:.40}")
-        _require(0 <= file.length <= MAX_BYTES, path, f"length of {file.name}")
+    _check_files(record.files, rank, path)
     _check_chunks(record.chunks, record.files, path)
     leaves = _leaves(record, path)
     _check_ties(leaves, path)
@@ -181,11 +182,25 @@ def _are_parts(chunk: ChunkRecord, planes: Sequence[int]) -> bool:
     return all((part > 0 or plane == 0) and part <= plane for part, plane in pairs)
 
 
+def _check_files(files: Sequence[FileRecord], rank: int, path: object) -> None:
+    _require(0 < len(files) <= MAX_FILES, path, "number of data files")
+    counts = {False: 0, True: 0}
+    for file in files:
+        name = (linked_file if file.linked else data_file)(rank, counts[file.linked])
+        counts[file.linked] += 1
+        _require(file.name == name, path, f"file name {file.name!r:.40}")
+        _require(0 <= file.length <= MAX_BYTES, path, f"length of {file.name}")
+
+
 def _check_frames(chunks: Sequence[ChunkRecord], files: Sequence[FileRecord], path: object) -> None:
     ends = [0] * len(files)
+    last: list[ChunkRecord | None] = [None] * len(files)
     for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
+        if chunk == last[chunk.file]:
+            continue  # the same frame: the same bytes were there twice
         _require(chunk.offset >= ends[chunk.file], path, "order of the chunks, which overlap,")
         ends[chunk.file] = chunk.offset + chunk.length
+        last[chunk.file] = chunk
     for file, end in zip(files, ends, strict=True):
         _require(end <= file.length, path, f"length of {file.name}, shorter than its chunks,")
 

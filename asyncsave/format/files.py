@@ -16,6 +16,9 @@ MAX_BYTES = 1 << 62
 
 MAX_DIMS = 64
 
+MAX_FILES = 1 << 16
+"""Of data files of a rank."""
+
 
 _OURS = re.compile(r"checkpoint\.json|rank-.*|step-.*|set-aside-.*", re.IGNORECASE)
 
@@ -38,6 +41,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def data_file(rank: int) -> str:
-    """Return the name of a rank's data file."""
-    return f"rank-{rank:05d}.data"
+def data_file(rank: int, number: int = 0) -> str:
+    """Return the name of one of a rank's own data files."""
+    return f"rank-{rank:05d}.{number}.data" if number else f"rank-{rank:05d}.data"
+
+
+def linked_file(rank: int, number: int) -> str:
+    """Return the name of a data file that a rank shares with an earlier checkpoint."""
+    return f"rank-{rank:05d}.linked-{number}.data"

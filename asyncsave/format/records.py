@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from ..errors import FormatError, LoadError, StateError
-from .files import FORMAT, MAX_CHECKPOINT_BYTES, MAX_RANK_BYTES, data_file, rank_file
+from .files import FORMAT, MAX_CHECKPOINT_BYTES, MAX_RANK_BYTES, rank_file
 from .lineage import NO_LINEAGE, Lineage
 from .tree import Node
 
@@ -64,8 +64,11 @@ class ChunkRecord(_Record, frozen=True, gc=False):
 
 
 class FileRecord(_Record, frozen=True):
+    """A data file. A ``linked`` one is an earlier checkpoint's, too, and may hold other frames."""
+
     name: str
     length: int
+    linked: bool = False
 
 
 class RankRecord(_Record, frozen=True):
@@ -85,6 +88,16 @@ class EntryRecord(_Record, frozen=True):
     xxh3_128: str
 
 
+class RankEntryRecord(EntryRecord, frozen=True):
+    """A rank's manifest, and how long its data is, so that it need not be read to be listed.
+
+    ``own`` is the length of its own data files, ``shared`` that of the frames in linked ones.
+    """
+
+    own: int | None = None
+    shared: int = 0
+
+
 class FormatRecord(_Record, frozen=True):
     """What ``checkpoint.json`` has in every format."""
 
@@ -99,7 +112,7 @@ class CheckpointRecord(_Record, frozen=True):
     versions: dict[str, str]
     metrics: dict[str, float | None]
     metadata: object
-    ranks: list[EntryRecord]
+    ranks: list[RankEntryRecord]
     lineage: Lineage = NO_LINEAGE
     files: list[EntryRecord] = []
 
@@ -167,22 +180,29 @@ def encode_manifests(
     tree: Node,
     tensors: list[TensorRecord],
     chunks: list[ChunkRecord],
-    data_bytes: int,
+    files: list[FileRecord],
     about: About,
 ) -> tuple[bytes, bytes]:
     """Return the bytes of ``rank-00000.json`` and ``checkpoint.json`` of a save by one process.
 
     Args:
-        data_bytes: length of the data file.
+        files: the data files.
 
     Raises:
         StateError: they are longer than a reader takes.
     """
-    files = [FileRecord(name=data_file(0), length=data_bytes)]
     rank_bytes = encode_rank(
         RankRecord(format=FORMAT, rank=0, files=files, chunks=chunks, tensors=tensors, tree=tree)
     )
-    rank = entry(rank_file(0), rank_bytes)
+    linked = {i for i, file in enumerate(files) if file.linked}
+    frames = {(each.file, each.offset): each.length for each in chunks if each.file in linked}
+    rank = RankEntryRecord(
+        file=rank_file(0),
+        length=len(rank_bytes),
+        xxh3_128=digest(rank_bytes),
+        own=sum(file.length for file in files if not file.linked),
+        shared=sum(frames.values()),
+    )
     checkpoint_bytes = encode_checkpoint(
         CheckpointRecord(
             format=FORMAT,

@@ -27,6 +27,7 @@ from .budget import Memory, encoder_threads
 from .handle import closed, finish_at_exit, log_exception
 from .moment import Moment
 from .save import Save, State
+from .target import OnDisk
 from .workers import Workers
 from .write import Writing
 
@@ -51,14 +52,14 @@ class Background:
         snapshotter: Snapshotter,
         *,
         compression: Compression | None,
-        durable: bool,
+        on_disk: OnDisk,
     ) -> None:
         self.saves: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
         self.over = self.drained = False
         self._memory = memory
         self._snapshotter = snapshotter
         self._compression = compression
-        self._durable = durable
+        self._on_disk = on_disk
         self._opened, self._ended = Moment(), Moment()
         self._refused: Exception | None = None
         self._then: list[Callable[[], None]] = []
@@ -165,7 +166,7 @@ class Background:
                 self._memory,
                 self._snapshotter,
                 compression=self._compression,
-                durable=self._durable,
+                on_disk=self._on_disk,
                 encoders=encoders,
                 io=io,
             )

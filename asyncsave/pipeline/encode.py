@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..codec.compression import Compression
 from ..codec.frame import coding_for
 from ..errors import SaveError
-from ..format.records import digest
+from ..format.records import ChunkRecord, digest
 from ..pages import padded
 from ..snapshot.arena import Arena, Slot
 from ..snapshot.snapshotter import Staged
@@ -36,7 +36,11 @@ _LOOK_SECONDS = 1.0  # how often to look whether the stager has left, should nob
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A stored chunk on its way: the first ``length`` bytes of ``slot``, which is of ``arena``."""
+    """A stored chunk on its way: the first ``length`` bytes of ``slot``, which is of ``arena``.
+
+    One that is ``reused`` need not go there: it is the chunk of this record, of an earlier
+    checkpoint.
+    """
 
     chunk: Chunk
     arena: Arena
@@ -46,6 +50,7 @@ class Frame:
     parts: tuple[int, ...]
     digest: str
     raw_digest: str
+    reused: ChunkRecord | None = None
 
     def pad(self) -> int:
         """Fill its last page up with zeros; return how long all its pages are."""
@@ -56,7 +61,9 @@ class Frame:
     def follows(self, other: Frame) -> bool:
         """Whether its bytes in memory follow right behind those of another one."""
         return (
-            self.arena is other.arena
+            self.reused is None
+            and other.reused is None
+            and self.arena is other.arena
             and self.slot.index == other.slot.index + 1
             and other.length == other.slot.nbytes
         )
@@ -127,29 +134,31 @@ class Encoding:
 
     # -- encoder threads ------------------------------------------------------------------------
 
-    def digest_group(self, group: Sequence[Staged]) -> Sequence[Frame]:
+    def digest_group(self, save: Save, group: Sequence[Staged]) -> Sequence[Frame]:
         """Make the frames of chunks that are stored as they are."""
-        return [self._raw_frame(each) for each in group]
+        return [self._raw_frame(save, each) for each in group]
 
-    def encode(self, staged: Staged, into: Slot) -> Sequence[Frame]:
+    def encode(self, save: Save, staged: Staged, into: Slot) -> Sequence[Frame]:
         """Make the frame of one chunk, encoded; or as it is, where that is shorter."""
         chunk = staged.chunk
         raw_digest = digest(staged.slot.array[: chunk.nbytes].data)
-        coding, parts = self._encode(staged, chunk.nbytes, into)
+        coding, parts = "raw", tuple[int, ...]()
+        if save.reuse.find(raw_digest, chunk.nbytes) is None:
+            coding, parts = self._encode(staged, chunk.nbytes, into)
         assert self._memory.frames is not None
         assert self._memory.slots is not None
         if coding == "raw":
             self._memory.frames.release(into)
-            return [self._raw_frame(staged, raw_digest)]
+            return [self._raw_frame(save, staged, raw_digest)]
         self._memory.slots.release(staged.slot)
         length = sum(parts)
         found = digest(into.array[:length].data)
         frames = self._memory.frames
         return [Frame(chunk, frames, into, length, coding, parts, found, raw_digest)]
 
-    def probe(self, staged: Staged, into: Slot) -> Sequence[Frame]:
+    def probe(self, save: Save, staged: Staged, into: Slot) -> Sequence[Frame]:
         """Make the frame of a chunk as it is; encode a piece of it, for the chooser."""
-        frame = self._raw_frame(staged)
+        frame = self._raw_frame(save, staged)
         self._encode(staged, min(staged.chunk.nbytes, PROBE_BYTES), into)
         assert self._memory.frames is not None
         self._memory.frames.release(into)
@@ -166,11 +175,12 @@ class Encoding:
         self.chooser.encoded(nbytes, sum(parts), time.perf_counter() - begun)
         return coding, parts
 
-    def _raw_frame(self, staged: Staged, known_digest: str = "") -> Frame:
+    def _raw_frame(self, save: Save, staged: Staged, known_digest: str = "") -> Frame:
         chunk, slot, arena = staged.chunk, staged.slot, self._memory.slots
         assert arena is not None
         found = known_digest or digest(slot.array[: chunk.nbytes].data)
-        return Frame(chunk, arena, slot, chunk.nbytes, "raw", (chunk.nbytes,), found, found)
+        reused = save.reuse.find(found, chunk.nbytes)
+        return Frame(chunk, arena, slot, chunk.nbytes, "raw", (chunk.nbytes,), found, found, reused)
 
 
 class _Feed:
@@ -245,13 +255,14 @@ class _Feed:
         if into is None:
             return  # the save has failed; go on to the end of the queue
         make = encoding.probe if probe else encoding.encode
-        self._frames.put(call(encoding.encoders, make, staged, into))
+        self._frames.put(call(encoding.encoders, make, save, staged, into))
 
     def _flush(self) -> None:
         """Let what is stored as it is be on its way: before whatever waits, and in order."""
         if self._group:
             encoding = self._encoding
-            self._frames.put(call(encoding.encoders, encoding.digest_group, self._group))
+            digests = call(encoding.encoders, encoding.digest_group, self._save, self._group)
+            self._frames.put(digests)
             self._group = []
 
 

@@ -36,7 +36,7 @@ from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
 from .save import Save, Snapshot
-from .target import Target
+from .target import OnDisk, Target
 from .watchdog import STALL_WARNING_SECONDS, Watchdog
 
 
@@ -60,7 +60,7 @@ class Pipeline:
         compression: Compression | None,
         memory_limit: int | Literal["auto"],
         overlap: bool,
-        durable: bool,
+        on_disk: OnDisk,
         stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
         transport: Transport | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class Pipeline:
             self._memory,
             self._snapshotter,
             compression=compression,
-            durable=durable,
+            on_disk=on_disk,
         )
         self._background.open()
 

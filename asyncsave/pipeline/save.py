@@ -32,6 +32,7 @@ from ..snapshot.snapshotter import Staged
 from ..state.chunks import Plan
 from ..state.flatten import Flat
 from .handle import SaveHandle, log_exception
+from .reuse import Reuse
 from .target import Target
 from .watchdog import Watchdog
 
@@ -95,7 +96,9 @@ class Save:
         staging_error: what made it leave before all was copied, if it could be noted.
         wake: set when there may be more of them, or no more.
         left_early: the error of the background that tells of that; the caller knows it already.
-        chunks: where each chunk is in the data file, by index. The event loop's.
+        reuse: what it may take from an earlier checkpoint.
+        chunks: where each chunk is in its data file, by index. The event loop's.
+        reused: those that are in a file of an earlier checkpoint, by index: records of that one.
         blocked_seconds, staged_seconds, durable_seconds: how long after ``began`` the call
             returned, and the states STAGED and DURABLE were reached.
     """
@@ -124,7 +127,9 @@ class Save:
         self.staging_error: BaseException | None = None
         self.wake = asyncio.Event()
         self.left_early: BaseException | None = None
+        self.reuse = Reuse(None)
         self.chunks: dict[int, ChunkRecord] = {}
+        self.reused: dict[int, ChunkRecord] = {}
         self.blocked_seconds = self.staged_seconds = self.durable_seconds = 0.0
 
     def to(self, state: Snapshot | State) -> None:
@@ -171,12 +176,18 @@ class Save:
             durable_seconds=self.durable_seconds,
             raw_bytes=self.plan.layout.nbytes,
             stored_bytes=stored_bytes,
+            shared_bytes=self._shared_bytes(),
             peak_memory_bytes=peak_memory_bytes,
             chunks=len(self.chunks),
+            shared_chunks=len(self.reused),
             encoded_chunks=sum(chunk.coding != "raw" for chunk in self.chunks.values()),
             tensors=len(self.names),
             kernel=kernel.NAME,
         )
+
+    def _shared_bytes(self) -> int:
+        frames = {(each.file, each.offset): each.length for each in self.reused.values()}
+        return sum(frames.values())
 
     def _fence_seconds(self) -> float:
         if self.late is None:

@@ -16,6 +16,7 @@ from .budget import MemoryLimit, parse_limit
 from .handle import ends_well
 from .pipeline import Pipeline
 from .saves import OnBusy, OnError, Saves, check_policies
+from .target import OnDisk
 from .turns import Turns
 from .watchdog import parse_stall_warning
 
@@ -38,7 +39,7 @@ class Session:
         compression: CompressionSetting,
         memory_limit: MemoryLimit,
         overlap: bool,
-        durable: bool,
+        on_disk: OnDisk,
         stall_warning_seconds: float | None,
         on_busy: OnBusy = "wait",
         on_error: OnError = "raise",
@@ -48,7 +49,7 @@ class Session:
             compression=parse_compression(compression),
             memory_limit=parse_limit(memory_limit),
             overlap=overlap,
-            durable=durable,
+            on_disk=on_disk,
             stall_warning_seconds=parse_stall_warning(stall_warning_seconds),
         )
         self._saves = Saves(self._pipeline, on_busy, on_error)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from ..errors import ConfigError
 from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.notes import encode_plain, parse_metrics
 from ..storage.place import Place
 from ..storage.sidecars import Files, read_sidecars
+from .reuse import Earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,40 @@ class Notes:
         return cls(parse_metrics(metrics), plain, read_sidecars(files))
 
 
+ReuseSetting = Literal["content", "off"]
+
+MAX_FILE_BYTES = 4 << 30
+LEAST_FILE_BYTES = 64 << 20
+"""As much as is written at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """How checkpoints are put on the disk.
+
+    Attributes:
+        durable: files and directories are synced.
+        reuse: what has not changed since the last checkpoint is linked, not written.
+        max_file_bytes: longest data file.
+    """
+
+    durable: bool = True
+    reuse: bool = True
+    max_file_bytes: int = MAX_FILE_BYTES
+
+    @classmethod
+    def parse(cls, durable: bool, reuse: ReuseSetting, max_file_bytes: int) -> OnDisk:
+        """Return it for what a user gave; ConfigError for what cannot be."""
+        if reuse not in ("content", "off"):
+            raise ConfigError(f"reuse={reuse!r} must be 'content' or 'off'")
+        if type(max_file_bytes) is not int or max_file_bytes < LEAST_FILE_BYTES:
+            raise ConfigError(
+                f"max_file_bytes={max_file_bytes!r} must be an int, and at least "
+                f"{LEAST_FILE_BYTES} (64 MiB)"
+            )
+        return cls(durable, reuse == "content", max_file_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a save is to become.
@@ -48,6 +85,8 @@ class Target:
         lineage: its place in a run.
         replace: a checkpoint that is there already is replaced.
         notes: what is written beside the state.
+        earlier: reads what the checkpoint may share with an earlier one, where this process has not
+            saved that itself.
         then: called in the background once the checkpoint is durable, for retention.
     """
 
@@ -56,4 +95,5 @@ class Target:
     lineage: Lineage = NO_LINEAGE
     replace: bool = False
     notes: Notes = field(default_factory=Notes)
+    earlier: Earlier = lambda: None
     then: Callable[[], None] = lambda: None

@@ -16,15 +16,16 @@ import contextlib
 import datetime
 import logging
 import platform
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 
+import msgspec
 import torch
 
 from .._version import __version__
 from ..codec.compression import Compression
-from ..errors import CommitError
-from ..format.records import About, ChunkRecord, encode_manifests
+from ..errors import CommitError, LoadError, SaveError
+from ..format.records import About, ChunkRecord, FileRecord, encode_manifests
 from ..pages import padded
 from ..report import SaveReport
 from ..snapshot.snapshotter import Snapshotter
@@ -34,7 +35,9 @@ from .budget import Memory, encoder_threads
 from .choose import LEAST_WRITES, Chooser
 from .encode import Encoding, Frame, Frames
 from .handle import log_exception
+from .reuse import MOST_LINKED, NO_BASE, Base, Reuse
 from .save import Save, State
+from .target import OnDisk
 from .workers import call
 
 _log = logging.getLogger("asyncsave")
@@ -54,13 +57,14 @@ class Writing:
         snapshotter: Snapshotter,
         *,
         compression: Compression | None,
-        durable: bool,
+        on_disk: OnDisk,
         encoders: Executor,
         io: Executor,
     ) -> None:
         self._memory = memory
         self._snapshotter = snapshotter
-        self._durable = durable
+        self._on_disk = on_disk
+        self._base: Base | None = None  # what was saved last
         self._chooser = Chooser(compression, encoder_threads())
         self._encoding = Encoding(memory, compression, self._chooser, encoders=encoders, io=io)
         self._io = io
@@ -87,7 +91,13 @@ class Writing:
     async def _write(self, save: Save) -> int:
         """Commit a save and return the length of its files, or undo it and raise why."""
         try:
-            async with Draft(save.target.place, durable=self._durable, io=self._io) as draft:
+            draft = Draft(
+                save.target.place,
+                durable=self._on_disk.durable,
+                io=self._io,
+                max_file_bytes=self._on_disk.max_file_bytes,
+            )
+            async with draft:
                 with self._stopping(save):
                     return await self._fill(save, draft)
         except CommitError:
@@ -99,23 +109,90 @@ class Writing:
             raise
 
     async def _fill(self, save: Save, draft: Draft) -> int:
-        """Write, seal and publish the draft; return the length of its files."""
+        """Write, seal and publish the draft; return the length of its own files."""
         save.to(State.WRITING)
-        async with self._fed(save) as frames:
-            async for some in frames:
-                await self._append(save, draft, some)
-                frames.finished(len(some))
-                if len(save.chunks) >= LEAST_WRITES:
-                    self._encoding.disk_is_known(frames)
+        save.reuse = await call(self._io, Reuse, await self._base_for(save))
+        try:
+            async with self._fed(save) as frames:
+                async for some in frames:
+                    await self._append(save, draft, some)
+                    frames.finished(len(some))
+                    if len(save.chunks) >= LEAST_WRITES:
+                        self._encoding.disk_is_known(frames)
+            await self._take_over(save, draft)
+        finally:
+            save.reuse.close()
         save.to(State.SEALING)
-        rank_manifest, record = await call(self._io, self._manifests, save, draft.nbytes)
+        files = draft.records()
+        rank_manifest, record = await call(self._io, self._manifests, save, files)
         await draft.seal(rank_manifest, save.target.notes.files)
         self._chooser.synced(draft.nbytes, draft.sync_seconds)
         save.to(State.PUBLISHING)
         await draft.publish(record, replace=save.target.replace)
         save.to(State.DURABLE)
-        files = sum(map(len, save.target.notes.files.values()))
-        return draft.nbytes + len(rank_manifest) + len(record) + files
+        if self._on_disk.reuse:
+            self._base = Base.of(save.target.place, files, save.chunks.values())
+        sidecars = sum(map(len, save.target.notes.files.values()))
+        return draft.nbytes + len(rank_manifest) + len(record) + sidecars
+
+    # -- what an earlier checkpoint has -----------------------------------------------------------
+
+    async def _base_for(self, save: Save) -> Base | None:
+        """Return what a save may share with an earlier checkpoint."""
+        if self._on_disk.reuse and self._base is None:
+            try:
+                self._base = await call(self._io, save.target.earlier)
+            except LoadError as error:  # it was restored from another one, or from none
+                _log.debug("nothing is shared with an earlier checkpoint: %s", error)
+        return self._base if self._on_disk.reuse else None
+
+    async def _take_over(self, save: Save, draft: Draft) -> None:
+        """Link the files that reused chunks are in, or copy the chunks.
+
+        Raises:
+            SaveError: they are not what they were.
+        """
+        if not save.reused:
+            return
+        linked: dict[int, int] = {}
+        for number, records in _by_file(save.reused.values()).items():
+            if len(linked) < MOST_LINKED and save.reuse.is_worth_linking(number, records):
+                found = await draft.link(*save.reuse.file(number))
+                if found is not None:
+                    linked[number] = found
+        copied: dict[tuple[int, int], ChunkRecord] = {}
+        for index, record in list(save.reused.items()):
+            frame = record.file, record.offset
+            if record.file not in linked:
+                if frame not in copied:
+                    copied[frame] = await self._copy(save, draft, record)
+                save.chunks[index] = copied[frame]
+                del save.reused[index]
+        for index, record in save.reused.items():
+            file = draft.own_files + linked[record.file]
+            save.chunks[index] = msgspec.structs.replace(record, file=file)
+
+    async def _copy(self, save: Save, draft: Draft, record: ChunkRecord) -> ChunkRecord:
+        """Copy a chunk of an earlier checkpoint, as it is stored; return where it is now."""
+        arena = self._memory.slots
+        assert arena is not None
+        slot = arena.acquire(wait=False)
+        assert slot is not None, "all are free: all chunks are written"
+        try:
+            save.watchdog.writing(f"copying what has not changed, at offset {draft.nbytes}")
+            try:
+                await call(self._io, save.reuse.read, record, slot.array)
+            except SaveError:
+                self._base = NO_BASE  # it is damaged: the next save takes nothing from it
+                raise
+            end = padded(record.length)
+            slot.array[record.length : end] = 0
+            file, offset = await draft.append(arena.view(slot, end))
+        finally:
+            arena.release(slot)
+        return msgspec.structs.replace(record, file=file, offset=offset)
+
+    # -- chunks -----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _fed(self, save: Save) -> AsyncIterator[Frames]:
@@ -153,15 +230,19 @@ class Writing:
         """Write what comes of one task, neighbours in memory at once."""
         watchdog = save.watchdog
         for neighbours in _neighbours(frames):
+            if (reused := neighbours[0].reused) is not None:
+                neighbours[0].arena.release(neighbours[0].slot)
+                save.reused[neighbours[0].chunk.index] = reused
+                continue
             watchdog.writing(f"writing at offset {draft.nbytes}")
             first, last = neighbours[0], neighbours[-1]
             nbytes = (len(neighbours) - 1) * first.slot.nbytes + last.pad()
             begun = draft.write_seconds
-            offset = await draft.append(first.arena.view(first.slot, nbytes))
+            file, offset = await draft.append(first.arena.view(first.slot, nbytes))
             self._chooser.wrote(nbytes, draft.write_seconds - begun)
             for frame in neighbours:
                 frame.arena.release(frame.slot)
-                save.chunks[frame.chunk.index] = _record(frame, offset)
+                save.chunks[frame.chunk.index] = _record(frame, file, offset)
                 offset += padded(frame.length)
         watchdog.writing("")
 
@@ -185,14 +266,14 @@ class Writing:
         except Exception:
             log_exception("%s is durable, but tidying up after it failed", save.target.place)
 
-    def _manifests(self, save: Save, data_bytes: int) -> tuple[bytes, bytes]:
+    def _manifests(self, save: Save, files: list[FileRecord]) -> tuple[bytes, bytes]:
         """Return the rank manifest and ``checkpoint.json``."""
         target = save.target
         return encode_manifests(
             tree=save.tree,
             tensors=tensor_records(save.names, save.plan.layout),
             chunks=[save.chunks[chunk.index] for chunk in save.plan.chunks],
-            data_bytes=data_bytes,
+            files=files,
             about=About(
                 step=target.step,
                 lineage=target.lineage,
@@ -209,8 +290,17 @@ class Writing:
         )
 
 
-def _record(frame: Frame, offset: int) -> ChunkRecord:
+def _by_file(records: Iterable[ChunkRecord]) -> dict[int, list[ChunkRecord]]:
+    """Return records by the number of the file that they are in."""
+    found: dict[int, list[ChunkRecord]] = {}
+    for record in records:
+        found.setdefault(record.file, []).append(record)
+    return found
+
+
+def _record(frame: Frame, file: int, offset: int) -> ChunkRecord:
     return ChunkRecord(
+        file=file,
         offset=offset,
         length=frame.length,
         raw_length=frame.chunk.nbytes,

@@ -28,6 +28,7 @@ class Chunks:
         files: its data files, open; they stay the caller's.
 
     Attributes:
+        manifest: what was given.
         records: the chunks' own.
         addresses: where each begins, and behind the last one, where that ends.
     """
@@ -37,6 +38,7 @@ class Chunks:
         lengths = (chunk.raw_length for chunk in manifest.chunks)
         self.addresses = list(itertools.accumulate(lengths, initial=0))
         self._files = files
+        self.manifest = manifest
 
     def of(self, start: int, stop: int) -> range:
         """Return the numbers of the chunks that have the addresses ``start`` to ``stop``."""
@@ -95,9 +97,11 @@ class Chunks:
             IntegrityError: it is not; values are unharmed, so only `verify` asks.
         """
         for number, file in enumerate(self._files):
-            frames = [
+            if self.manifest.files[number].linked:
+                continue  # other checkpoints have frames there
+            frames = {
                 (chunk.offset, chunk.length) for chunk in self.records if chunk.file == number
-            ]
+            }
             end = 0
             for offset, length in [*sorted(frames), (file.nbytes, 0)]:
                 # a hole may be far longer than anybody wants to read

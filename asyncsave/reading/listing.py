@@ -133,6 +133,7 @@ def list_checkpoints(history: History, *, verify: bool) -> list[CheckpointInfo]:
                 metadata=None if each.record is None else _plain(each.record.metadata),
                 files=() if each.record is None else tuple(f.file for f in each.record.files),
                 stored_bytes=_stored_bytes(each),
+                shared_bytes=_shared_bytes(each),
                 newest=each is history.line[0],
                 left=each in history.left,
                 sound=False if error is not None else True if verify else None,
@@ -154,15 +155,22 @@ def _plain(metadata: Any) -> Any:
 
 
 def _stored_bytes(entry: Entry) -> int | None:
-    """Return how long the files are; None where that cannot be told."""
+    """Return how long its own files are; None where that cannot be told."""
     if entry.record is None:
         return None
-    total = sum(each.length for each in (*entry.record.ranks, *entry.record.files))
+    ranks = entry.record.ranks
+    total = sum(each.length for each in (*ranks, *entry.record.files))
+    names = [CHECKPOINT_FILE]
+    names += [data_file(rank) for rank, each in enumerate(ranks) if each.own is None]
     try:
-        for name in (CHECKPOINT_FILE, data_file(0)):
+        for name in names:
             file = (entry.place / name).open()
             total += file.nbytes
             file.close()
     except LoadError:
         return None
-    return total
+    return total + sum(each.own or 0 for each in ranks)
+
+
+def _shared_bytes(entry: Entry) -> int:
+    return 0 if entry.record is None else sum(each.shared for each in entry.record.ranks)

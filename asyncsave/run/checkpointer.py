@@ -25,7 +25,7 @@ from ..pipeline.budget import MemoryLimit
 from ..pipeline.handle import SaveHandle
 from ..pipeline.saves import OnBusy, OnError
 from ..pipeline.session import Session
-from ..pipeline.target import Notes
+from ..pipeline.target import MAX_FILE_BYTES, Notes, OnDisk, ReuseSetting
 from ..pipeline.watchdog import STALL_WARNING_SECONDS
 from ..reading.listing import list_checkpoints
 from ..report import CheckpointInfo, RestoreReport
@@ -98,6 +98,10 @@ class Checkpointer(Session):
             `step` on, and not in notebooks.
         durable: sync files and directories, so that what is reported done survives a power cut.
             Off: a power cut may leave nothing, as older ones are removed all the same.
+        reuse: "content": what has the same bytes as in the last checkpoint is not written again,
+            but its file linked into the new one, which is whole all the same. "off": all is
+            written.
+        max_file_bytes: data files become no longer than this.
         stall_warning_seconds: log a warning that says where when a save has stood still for so long
             (on a disk that hangs), and again each time that has doubled; None: never.
 
@@ -124,6 +128,8 @@ class Checkpointer(Session):
         overlap: bool = True,
         signals: Iterable[int] = (signal.SIGTERM,),
         durable: bool = True,
+        reuse: ReuseSetting = "content",
+        max_file_bytes: int = MAX_FILE_BYTES,
         stall_warning_seconds: float | None = STALL_WARNING_SECONDS,
     ) -> None:
         self._cadence = Cadence(every_steps, every_seconds)
@@ -136,7 +142,7 @@ class Checkpointer(Session):
                 compression=compression,
                 memory_limit=memory_limit,
                 overlap=overlap,
-                durable=durable,
+                on_disk=OnDisk.parse(durable, reuse, max_file_bytes),
                 stall_warning_seconds=stall_warning_seconds,
                 on_busy=on_busy,
                 on_error=on_error,

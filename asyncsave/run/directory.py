@@ -26,7 +26,9 @@ from ..format.files import CHECKPOINT_FILE
 from ..format.lineage import NO_LINEAGE, Lineage
 from ..format.notes import parse_step
 from ..format.records import CheckpointRecord
+from ..pipeline.reuse import Base
 from ..pipeline.target import Notes, Target
+from ..reading.checkpoint import Checkpoint
 from ..reading.history import History, read_history
 from ..reading.newest import Position, forget_loaded, loaded
 from ..storage.place import Place
@@ -202,8 +204,23 @@ class RunDirectory:
             lineage=lineage,
             replace=replaces,
             notes=notes,
+            earlier=self._earlier,
             then=functools.partial(self.committed, step, lineage),
         )
+
+    def _earlier(self) -> Base | None:
+        """Return what the checkpoint that the run goes on from has; None if there is none.
+
+        Raises:
+            LoadError: it cannot be read.
+        """
+        position = self._position
+        if position is None:
+            return None
+        place = self.place / step_name(position.step)
+        with Checkpoint.open(place) as checkpoint:
+            manifest = checkpoint.chunks[0].manifest
+            return Base.of(place, manifest.files, manifest.chunks)
 
     def _begin(self, step: int, history: History) -> None:
         """Find out what the first save goes on from, in a directory that has checkpoints."""

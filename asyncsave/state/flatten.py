@@ -44,7 +44,7 @@ from ..format.tree import (
 )
 from .classes import BY_TYPE, class_name, has_plain_form, plain_form
 from .kinds import Parts, is_wrapper, plain_memory, tensor_parts, wrapper_parts
-from .late import late_copies
+from .late import frozen, late_copies
 from .literals import LITERALS
 from .refusals import hint_for, is_distributed, one_hash, tensor_refusal, type_name
 from .values import TORCH_DTYPES
@@ -67,6 +67,7 @@ class Flat:
         values: those leaves, live: tensors share memory with the state until they are staged.
         objects: every object whose ``state_dict()`` was called, in order of appearance.
         late: of every leaf, whether its copy may go on until the next ``optimizer.step()``.
+        frozen: of every leaf, whether it is not expected to change.
         on_device: some leaf is on a device, of which copies are asynchronous.
     """
 
@@ -75,6 +76,7 @@ class Flat:
     values: list[Bulk] = field(default_factory=list)
     objects: list[Any] = field(default_factory=list)
     late: list[bool] = field(default_factory=list)
+    frozen: list[bool] = field(default_factory=list)
     on_device: bool = False
 
 
@@ -98,6 +100,7 @@ def flatten(
     if flattener.problems:
         raise StateError(problems=flattener.problems) from flattener.cause
     flat.late, flat.on_device = [False] * len(flat.values), False
+    flat.frozen = frozen(flat.values, flat.objects)
     if owns is not None:
         flat.late, flat.on_device = late_copies(flat.values, flat.objects, owns, overlap=overlap)
     return flat

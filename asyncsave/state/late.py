@@ -1,4 +1,6 @@
-"""Late: which leaves may be copied while the next forward and backward pass runs. Pure."""
+"""Late: which leaves may be copied while the next forward and backward pass runs; and which are
+frozen. Pure.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,33 @@ def late_copies(
             # a tensor of inference mode has no version to compare
             late[i] = not value.is_inference() and value.data_ptr() in stepped
     return late, bool(there)
+
+
+def frozen(values: Sequence[Any], objects: Sequence[Any]) -> list[bool]:
+    """Return for each leaf whether it is not expected to change from one checkpoint to the next.
+
+    So are the parameters of live modules that need no gradient, or that no optimizer of the state
+    has, if there is one. It is no more than a guess: what is saved is told by its bytes.
+    """
+    modules = [each for each in objects if isinstance(each, torch.nn.Module)]
+    optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
+    held = {
+        id(tensor)
+        for each in optimizers
+        for group in each.param_groups
+        for tensor in group["params"]
+    }
+    places = {
+        tensor.data_ptr()
+        for each in modules
+        for tensor in each.parameters()
+        if type(tensor) in _PLAIN_TENSORS
+        and not (tensor.requires_grad and (not optimizers or id(tensor) in held))
+    }
+    if not places:
+        return [False] * len(values)
+    places.discard(0)
+    return [type(value) in _PLAIN_TENSORS and value.data_ptr() in places for value in values]
 
 
 def _stepped(each: Any) -> Iterator[torch.Tensor]:

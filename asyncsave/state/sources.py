@@ -25,8 +25,8 @@ import torch
 from ..format.dtypes import BY_NUMPY_NAME
 from .flatten import Bulk
 
-Key = tuple[str, str, bool]
-"""Sources can be in one chunk if they have the same: device, dtype that is coded for, late."""
+Key = tuple[str, str, bool, bool]
+"""Sources can be in one chunk if they have the same: device, dtype to code for, late, frozen."""
 
 _WIDEST_BYTES = 16  # a reader aligns elements up to this width
 
@@ -95,7 +95,7 @@ def address(value: Any) -> int:
 
 
 def find_sources(
-    values: Sequence[Bulk], late: Sequence[bool]
+    values: Sequence[Bulk], late: Sequence[bool], frozen: Sequence[bool]
 ) -> tuple[list[Source], list[Key], list[View]]:
     """Return the sources in the order of their first leaves, their keys, and each leaf's view."""
     views: list[View] = []
@@ -131,7 +131,7 @@ def find_sources(
         for view in unit:
             view.source = len(sources)
         sources.append(source)
-        keys.append(key)
+        keys.append((*key, all(frozen[view.leaf] for view in unit)))
     return sources, keys, views
 
 
@@ -199,7 +199,9 @@ def _is_odd(view: View) -> bool:
     )
 
 
-def _source(unit: list[View], values: Sequence[Bulk], late: Sequence[bool]) -> tuple[Source, Key]:
+def _source(
+    unit: list[View], values: Sequence[Bulk], late: Sequence[bool]
+) -> tuple[Source, tuple[str, str, bool]]:
     """Return the source of leaves whose ranges overlap, or of one; note where they are in it."""
     first = unit[0]
     value = values[first.leaf]

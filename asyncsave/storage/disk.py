@@ -83,6 +83,9 @@ class Disk(Readable, Protocol):
     def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
         """Make a new small file with these bytes, and sync it."""
 
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        """Give a file a second name, and sync it; FileExistsError if there is something."""
+
     def sync_directory(self, path: Path) -> None:
         """DURABILITY: on return the directory's entries are on the device."""
 

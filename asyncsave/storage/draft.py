@@ -24,10 +24,12 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from ..errors import BusyError, CheckpointExistsError, CommitError, WriteError, looking
-from ..format.files import CHECKPOINT_FILE, data_file, rank_file
+from ..format.files import CHECKPOINT_FILE, MAX_BYTES, data_file, linked_file, rank_file
+from ..format.records import FileRecord
 from .disk import Lock
 from .files import NewFile
 from .place import Place
@@ -95,14 +97,19 @@ class Draft:
 
     Used with ``async with``: what was not published is undone when that is left.
 
+    Args:
+        max_file_bytes: longest data file; one that would become longer is followed by another.
+
     Attributes:
-        nbytes: length of the data file so far.
-        write_seconds: time spent writing it.
-        sync_seconds: time spent syncing it.
+        nbytes: length of those it has written.
+        write_seconds: time spent writing them.
+        sync_seconds: time spent syncing them.
         published: the rename has happened, and nothing will be undone.
     """
 
-    def __init__(self, target: Place, *, durable: bool, io: Executor) -> None:
+    def __init__(
+        self, target: Place, *, durable: bool, io: Executor, max_file_bytes: int = MAX_BYTES
+    ) -> None:
         self.target = target
         self.nbytes = 0
         self.write_seconds = self.sync_seconds = 0.0
@@ -111,7 +118,9 @@ class Draft:
         self._io = io
         self._scratch: Scratch | None = None
         self._was_there = False  # whether something was at the target when this began
-        self._file: NewFile | None = None
+        self._max_file_bytes = max_file_bytes
+        self._files: list[NewFile] = []  # those that it writes
+        self._names: list[FileRecord] = []  # of those that are linked
 
     async def __aenter__(self) -> Self:
         """Make the directory and its data file.
@@ -123,7 +132,7 @@ class Draft:
             self._was_there = await self._call(self.target.exists)
         self._scratch = await self._call(Scratch, self.target)
         try:
-            self._file = await (self._scratch.place / data_file(0)).create(self._io)
+            await self._begin_file()
         except BaseException:
             await self._undo()
             raise
@@ -133,24 +142,57 @@ class Draft:
         if not self.published:
             await self._undo()
 
-    async def append(self, frames: memoryview) -> int:
-        """Write a whole number of pages; return the offset they begin at."""
-        assert self._file is not None
-        offset, begun = self._file.nbytes, time.perf_counter()
-        await self._file.append(frames)
+    async def append(self, frames: memoryview) -> tuple[int, int]:
+        """Write a whole number of pages; return the file's number, and where they begin in it."""
+        file = self._files[-1]
+        if file.nbytes and file.nbytes + frames.nbytes > self._max_file_bytes:
+            await self._begin_file()
+            file = self._files[-1]
+        offset, begun = file.nbytes, time.perf_counter()
+        await file.append(frames)
         self.write_seconds += time.perf_counter() - begun
-        self.nbytes = self._file.nbytes
-        return offset
+        self.nbytes += file.nbytes - offset
+        return len(self._files) - 1, offset
+
+    async def link(self, file: Place, length: int) -> int | None:
+        """Give a data file of an earlier checkpoint a name in this one.
+
+        Returns:
+            Its number among those that are linked; None where it cannot have another name.
+        """
+        assert self._scratch is not None
+        if file.disk is not self._scratch.place.disk:
+            return None
+        number = len(self._names)
+        name = linked_file(0, number)
+        target = self._scratch.place / name
+        if not await self._call(partial(file.link, target, sync=self._durable)):
+            return None
+        self._names.append(FileRecord(name=name, length=length, linked=True))
+        return number
+
+    @property
+    def own_files(self) -> int:
+        """How many data files it has written."""
+        return len(self._files)
+
+    def records(self) -> list[FileRecord]:
+        """Return the records of its data files: its own, then those that are linked."""
+        own = [
+            FileRecord(name=data_file(0, i), length=file.nbytes)
+            for i, file in enumerate(self._files)
+        ]
+        return own + self._names
 
     async def seal(self, rank_manifest: bytes, sidecars: Mapping[str, bytes]) -> None:
         """Write what is beside, and end this rank: only ``checkpoint.json`` is missing then."""
-        assert self._file is not None
         if self._durable:
             begun = time.perf_counter()
-            await self._file.sync()  # DURABILITY: every frame
+            for file in self._files:
+                await file.sync()  # DURABILITY: every frame
             self.sync_seconds = time.perf_counter() - begun
-        file, self._file = self._file, None
-        await file.close()
+        while self._files:
+            await self._files.pop().close()
         for name, data in sidecars.items():
             await self._call(self._write, name, data)
         await self._call(self._write, rank_file(0), rank_manifest)
@@ -220,11 +262,15 @@ class Draft:
             raise
         return old
 
+    async def _begin_file(self) -> None:
+        assert self._scratch is not None
+        name = data_file(0, len(self._files))
+        self._files.append(await (self._scratch.place / name).create(self._io))
+
     async def _undo(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
+        while self._files:
             with contextlib.suppress(WriteError):
-                await file.close()
+                await self._files.pop().close()
         if self._scratch is not None:
             await self._call(self._scratch.remove)
 

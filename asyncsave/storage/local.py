@@ -49,6 +49,15 @@ class LocalDisk:
             if sync:
                 os.fsync(file.fileno())
 
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        os.link(source, target, follow_symlinks=False)
+        if sync:  # it may have been written by a process that did not
+            descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
     def sync_directory(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -32,6 +32,13 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP
 """Why a directory that was there before may not be synced, or cannot."""
 
 
+_NO_LINK = {
+    *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOENT, errno.ENOTDIR),
+    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
+}
+"""Why a file gets no second name: the system has none to give, or the first one is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A path on a disk, with what can be done there. Any thread may call any method.
@@ -144,6 +151,17 @@ class Place:
         """Make a new small file with these bytes, and sync it."""
         with asking("write", self.path):
             self.disk.write_file(self.path, data, sync=sync)
+
+    def link(self, target: Place, *, sync: bool) -> bool:
+        """Give a file a second name, synced; False where that cannot be done."""
+        with asking("link", target.path):
+            try:
+                self.disk.link(self.path, target.path, sync=sync)
+            except OSError as refused:
+                if refused.errno not in _NO_LINK:
+                    raise
+                return False
+            return True
 
     def sync(self) -> None:
         """DURABILITY: on return the directory's entries are on the device."""

@@ -32,7 +32,7 @@ from ..errors import ConfigError, looking
 from ..format.records import digest
 from ..pipeline.budget import CHUNK_BYTES, encoder_threads
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.target import Target
+from ..pipeline.target import OnDisk, Target
 from ..pipeline.workers import Workers
 from ..reading.newest import find
 from ..state.layout import dtype_name
@@ -315,7 +315,7 @@ class _Measuring:
             compression=Compression(level),
             memory_limit="auto",
             overlap=True,
-            durable=True,
+            on_disk=OnDisk(reuse=False),
         )
         try:
             pipeline.prewarm(state)

@@ -78,6 +78,12 @@ class CrashDisk(WrappedDisk):
         if sync:
             self.log.add("sync", path)
 
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        super().link(source, target, sync=sync)
+        self.log.add("link", source, target)
+        if sync:
+            self.log.add("sync", target)
+
     def sync_directory(self, path: Path) -> None:
         super().sync_directory(path)
         self.log.add("sync_directory", path)
@@ -162,6 +168,9 @@ class Platter:
             self._change([(parent, name, _Directory() if event.kind == "mkdir" else _File())])
         elif event.kind == "remove":
             self._change([(parent, name, None)])
+        elif event.kind == "link":
+            assert event.other is not None
+            self._change([(self._find(event.other.parent), event.other.name, parent.entries[name])])
         else:
             assert event.kind in ("rename", "exchange")
             assert event.other is not None

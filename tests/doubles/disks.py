@@ -44,6 +44,9 @@ class WrappedDisk:
     def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
         self.inner.write_file(path, data, sync=sync)
 
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        self.inner.link(source, target, sync=sync)
+
     def sync_directory(self, path: Path) -> None:
         self.inner.sync_directory(path)
 

@@ -115,6 +115,10 @@ class FaultDisk(WrappedDisk):
             data = bytes(flipped)
         super().write_file(path, data, sync=sync)
 
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        self.faults.meet("link", target)
+        super().link(source, target, sync=sync)
+
     def sync_directory(self, path: Path) -> None:
         self.faults.meet("sync_directory", path)
         super().sync_directory(path)

@@ -52,7 +52,9 @@ CERTAIN: tuple[Keep, ...] = ("nothing", "everything", "names", "data")
 
 
 def state_of(step: int) -> dict[str, Any]:
-    return {"w": torch.randn(40_000, generator=torch.Generator().manual_seed(step)), "step": step}
+    """Return a state of three chunks, two of which are the same in all steps: a run links them."""
+    changed = torch.randn(4_000, generator=torch.Generator().manual_seed(step))
+    return {"w": torch.cat([torch.arange(36_000.0), changed]), "step": step}
 
 
 def beside(step: int) -> dict[str, bytes]:

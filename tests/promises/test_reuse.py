@@ -1,0 +1,403 @@
+"""What did not change is stored once, and every checkpoint is whole by itself all the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import asyncsave
+from asyncsave import Checkpointer, Saver
+from tests.doubles.disks import WrappedDisk
+from tests.doubles.fault_disk import FaultDisk, Faults
+from tests.support import assert_same
+
+SMALL: Any = {"durable": False}
+PIECE = 65_536 // 4
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 64 KiB: what does not change is told by whole ones."""
+    monkeypatch.setattr("asyncsave.pipeline.budget.CHUNK_BYTES", 65_536)
+
+
+def pieces(*seeds: int) -> dict[str, torch.Tensor]:
+    """Return a tensor for each seed, of a chunk's length."""
+    return {f"p{i:03d}": _piece(seed) for i, seed in enumerate(seeds)}
+
+
+def _piece(seed: int) -> torch.Tensor:
+    return torch.randn(PIECE, generator=torch.Generator().manual_seed(seed))
+
+
+def names(path: Path) -> list[str]:
+    return sorted(each.name for each in path.iterdir() if each.suffix == ".data")
+
+
+def step(run: Path, number: int) -> Path:
+    return run / f"step-{number:09d}"
+
+
+class LoRA:
+    """A frozen base with small trained parts, whose names lie between those of the base."""
+
+    def __init__(self, layers: int = 4, width: int = 256) -> None:
+        torch.manual_seed(0)
+        linear = torch.nn.Linear
+        self.model = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {"base": linear(width, width), "lora": linear(4, width, bias=False)}
+            )
+            for _ in range(layers)
+        )
+        for layer in self.model:
+            layer["base"].requires_grad_(False)  # type: ignore[index]
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def train(self) -> None:
+        for each in self.model.parameters():
+            if each.requires_grad:
+                each.grad = torch.randn_like(each)
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("compression", ["off", 1, 6])
+def test_a_frozen_base_is_stored_once(tmp_path: Path, compression: Any) -> None:
+    run = tmp_path / "run"
+    lora = LoRA()
+    with Checkpointer(run, compression=compression, durable=False) as ckpt:
+        for number in range(1, 6):
+            lora.train()
+            handle = ckpt.save(number, lora.state, block=True)
+            assert handle is not None
+            report = handle.result()
+            if number > 1:
+                assert report.stored_bytes < 100_000, report
+                assert report.shared_bytes > 500_000
+                assert report.shared_chunks >= report.chunks - 3
+        infos = ckpt.checkpoints()
+        assert [info.shared_bytes > 0 for info in infos] == [False, True, True, True, True]
+        assert ckpt.stats.shared_bytes == sum(info.shared_bytes for info in infos)
+    inodes = {(step(run, n) / "rank-00000.linked-0.data").stat().st_ino for n in range(2, 6)}
+    assert inodes == {(step(run, 1) / "rank-00000.data").stat().st_ino}
+    loaded = [asyncsave.load(step(run, number)) for number in range(1, 6)]
+    for keep in range(1, 6):
+        copy = tmp_path / f"only {keep}"
+        shutil.copytree(step(run, keep), copy)
+        assert_same(asyncsave.load(copy), loaded[keep - 1])
+    for number in (1, 3, 2, 4):
+        shutil.rmtree(step(run, number))
+        asyncsave.verify(run)
+    assert_same(asyncsave.load(run), loaded[4])
+    assert_same(
+        asyncsave.load(run)["model"]["0.base.weight"], lora.model[0]["base"].weight.detach()
+    )
+
+
+def test_a_run_that_goes_on_takes_from_what_is_on_the_disk(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        with Checkpointer(tmp_path, **SMALL) as ckpt:
+            state = pieces(1, 2, 3, number + 10)
+            assert ckpt.restore(pieces(0, 0, 0, 0)) == (number - 1 or None)
+            ckpt.save(number, state, block=True)
+            report = ckpt.stats.reports[-1]
+            assert report.shared_chunks == (3 if number > 1 else 0)
+        assert_same(asyncsave.load(tmp_path), state)
+
+
+def test_one_state_at_two_paths(tmp_path: Path) -> None:
+    state = pieces(1, 2, 3)
+    with Saver(**SMALL) as saver:
+        saver.save(state, tmp_path / "last").result()
+        report = saver.save(state, tmp_path / "best").result()
+        assert report.shared_chunks == report.chunks == 3
+        assert report.stored_bytes < 4000
+        saver.save(state, tmp_path / "last", overwrite=True).result()
+    shutil.rmtree(tmp_path / "last")
+    assert_same(asyncsave.load(tmp_path / "best"), state)
+    asyncsave.verify(tmp_path / "best")
+
+
+@pytest.mark.parametrize("make", [Checkpointer, None])
+def test_off_writes_everything(tmp_path: Path, make: Any) -> None:
+    state = pieces(1, 2)
+    if make is None:
+        with Saver(reuse="off", **SMALL) as saver:
+            reports = [saver.save(state, tmp_path / str(i)).result() for i in range(2)]
+    else:
+        with Checkpointer(tmp_path, reuse="off", **SMALL) as ckpt:
+            for i in range(2):
+                ckpt.save(i, state, block=True)
+            reports = ckpt.stats.reports
+    assert [report.shared_chunks for report in reports] == [0, 0]
+    assert {names(path) == ["rank-00000.data"] for path in tmp_path.iterdir()} == {True}
+
+
+def test_a_change_that_torch_does_not_see_is_saved(tmp_path: Path) -> None:
+    state = pieces(1, 2, 3)
+    with Checkpointer(tmp_path, **SMALL) as ckpt:
+        ckpt.save(1, state, block=True)
+        state["p001"].data.view(-1).numpy()[7] = 5.0
+        assert state["p001"]._version == 0
+        ckpt.save(2, state, block=True)
+        assert ckpt.stats.reports[-1].shared_chunks == 2
+        assert ckpt.load()["p001"][7] == 5
+        assert ckpt.load(step=1)["p001"][7] != 5
+
+
+class LinkDisk(WrappedDisk):
+    """A disk whose links do something else."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def link(self, source: Path, target: Path, *, sync: bool) -> None:
+        self.act(source)
+        super().link(source, target, sync=sync)
+
+
+def refuse(number: int) -> Any:
+    def act(source: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return act
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+@pytest.mark.parametrize("compression", ["off", 1])
+def test_where_links_are_refused_it_is_copied(
+    tmp_path: Path, number: int, compression: Any
+) -> None:
+    disk = LinkDisk(refuse(number))
+    with Checkpointer(disk.at(tmp_path), compression=compression, **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2, 3), block=True)
+        ckpt.save(2, pieces(1, 7, 3), block=True)
+        report = ckpt.stats.reports[-1]
+        assert report.shared_chunks == report.shared_bytes == 0
+        assert_same(ckpt.load(), pieces(1, 7, 3))
+    assert names(step(tmp_path, 2)) == ["rank-00000.data"]
+    asyncsave.verify(tmp_path)
+
+
+def test_a_link_that_fails_fails_the_save(tmp_path: Path) -> None:
+    with Checkpointer(LinkDisk(refuse(errno.EIO)).at(tmp_path), **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2), block=True)
+        with pytest.raises(asyncsave.WriteError, match="link"):
+            ckpt.save(2, pieces(1, 2), block=True)
+        assert ckpt.steps() == [1]
+
+
+def test_the_earlier_checkpoint_is_removed_while_it_is_taken_from(tmp_path: Path) -> None:
+    disk = LinkDisk(lambda source: shutil.rmtree(source.parent))
+    with Checkpointer(disk.at(tmp_path), **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2, 3), block=True)
+        ckpt.save(2, pieces(1, 2, 4), block=True)
+        assert ckpt.steps() == [2]
+        assert_same(ckpt.load(), pieces(1, 2, 4))
+    asyncsave.verify(tmp_path)
+
+
+def test_the_earlier_checkpoint_is_gone_before(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2, 3), block=True)
+        shutil.rmtree(step(tmp_path, 1))
+        ckpt.save(2, pieces(1, 2, 4), block=True)
+        assert_same(ckpt.load(), pieces(1, 2, 4))
+        assert ckpt.stats.reports[-1].shared_chunks == 0
+
+
+def test_what_is_copied_is_compared(tmp_path: Path) -> None:
+    """A copy of damaged bytes would look sound: the save fails, and the next one writes all."""
+    disk = LinkDisk(refuse(errno.EXDEV))
+    with Checkpointer(disk.at(tmp_path), compression="off", **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2, 3), block=True)
+        path = step(tmp_path, 1) / "rank-00000.data"
+        data = bytearray(path.read_bytes())
+        data[70_000] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(asyncsave.SaveError, match="the next save writes everything"):
+            ckpt.save(2, pieces(1, 2, 3), block=True)
+        ckpt.save(3, pieces(1, 2, 3), block=True)
+        assert ckpt.stats.reports[-1].shared_chunks == 0
+        assert_same(ckpt.load(), pieces(1, 2, 3))
+        ckpt.save(4, pieces(1, 2, 3), block=True)
+        assert_same(ckpt.load(), pieces(1, 2, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dead_parts_of_linked_files_are_bounded(tmp_path: Path, seed: int) -> None:
+    """Whatever changes when: what a checkpoint holds is at most twice what it needs."""
+    chance = random.Random(seed)
+    seeds = list(range(30))
+    shared = 0
+    with Checkpointer(tmp_path, compression="off", keep_last=1, **SMALL) as ckpt:
+        for number in range(25):
+            for i in range(30):
+                if chance.random() < i / 30:
+                    seeds[i] = chance.randrange(10**6)
+            ckpt.save(number, pieces(*seeds), block=True)
+            shared += ckpt.stats.reports[-1].shared_chunks
+            path = step(tmp_path, number)
+            manifest = json.loads((path / "rank-00000.json").read_text())
+            for i, file in enumerate(manifest["files"]):
+                frames = {
+                    c["offset"]: c["length"] for c in manifest["chunks"] if c.get("file", 0) == i
+                }
+                if file.get("linked"):
+                    assert 2 * sum(frames.values()) >= file["length"]
+                else:
+                    assert sum(frames.values()) == file["length"]
+            held = sum((path / each).stat().st_size for each in names(path))
+            assert held <= 2 * 30 * 65_536
+            assert_same(ckpt.load(), pieces(*seeds))
+    assert shared > 100
+    asyncsave.verify(tmp_path)
+
+
+def test_chunks_that_hold_the_same(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, compression="off", **SMALL) as ckpt:
+        ckpt.save(1, pieces(1, 2), block=True)
+        ckpt.save(2, pieces(2, 1, 1, 2), block=True)  # each is there once, and needed twice
+        assert ckpt.stats.reports[-1].shared_chunks == 4
+        assert_same(ckpt.load(), pieces(2, 1, 1, 2))
+        live = pieces(0, 0, 0, 0)
+        ckpt.restore(live)
+        assert_same(live, pieces(2, 1, 1, 2))
+    asyncsave.verify(tmp_path)
+
+
+def test_no_more_than_so_many_files_are_linked(tmp_path: Path) -> None:
+    from asyncsave.pipeline.reuse import MOST_LINKED
+
+    count = MOST_LINKED + 10
+    seeds: list[int] = []
+    with Checkpointer(tmp_path, compression="off", keep_last=1, **SMALL) as ckpt:
+        for number in range(count):
+            seeds.append(number)
+            ckpt.save(number, pieces(*seeds), block=True)
+        assert len(names(step(tmp_path, count - 1))) <= MOST_LINKED + 1
+        assert_same(ckpt.load(), pieces(*seeds))
+
+
+def test_several_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncsave.pipeline.target.LEAST_FILE_BYTES", 1)  # or it takes gigabytes
+    state = pieces(*range(10))
+    with Saver(compression="off", max_file_bytes=4 * 65_536, **SMALL) as saver:
+        saver.save(state, tmp_path / "a").result()
+        report = saver.save(state, tmp_path / "b").result()
+    sizes = [(tmp_path / "a" / each).stat().st_size for each in names(tmp_path / "a")]
+    assert sorted(sizes) == [2 * 65_536, 4 * 65_536, 4 * 65_536]
+    assert report.shared_chunks == 10
+    assert len(names(tmp_path / "b")) == 4
+    for path in (tmp_path / "a", tmp_path / "b"):
+        assert_same(asyncsave.load(path), state)
+        assert_same(asyncsave.numpy.load(path), {k: v.numpy() for k, v in state.items()})
+        asyncsave.verify(path)
+    (info,) = asyncsave.checkpoints(tmp_path / "a")
+    assert info.stored_bytes == sum(each.stat().st_size for each in (tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"reuse": "yes"}, {"max_file_bytes": 5}, {"max_file_bytes": "4GB"}]
+)
+def test_what_cannot_be_asked_for(tmp_path: Path, bad: Any) -> None:
+    with pytest.raises(asyncsave.ConfigError, match=next(iter(bad))):
+        Saver(**bad)
+    with pytest.raises(asyncsave.ConfigError, match=next(iter(bad))):
+        Checkpointer(tmp_path, **bad)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_every_operation_of_a_save_that_shares_fails_once(tmp_path: Path, refused: bool) -> None:
+    below = LinkDisk(refuse(errno.EXDEV)) if refused else WrappedDisk()
+    disk = FaultDisk(Faults(), below)
+    seeds = [1, 2, 3, 4]
+    number = 1
+    with Checkpointer(disk.at(tmp_path), keep_last=2) as ckpt:
+        ckpt.save(number, pieces(*seeds), block=True)
+        for i in range(200):
+            number += 1
+            seeds[number % 2] = number  # two stay for ever
+            faults = disk.faults = Faults(i, errno.EIO)
+            try:
+                ckpt.save(number, pieces(*seeds), block=True)
+            except asyncsave.AsyncSaveError:
+                assert faults.hit is not None
+            disk.faults = Faults()
+            for each in ckpt.steps():
+                asyncsave.verify(step(tmp_path, each))
+            if number in ckpt.steps():
+                assert_same(ckpt.load(step=number), pieces(*seeds))
+            if faults.hit is None:
+                break
+            number += 1
+            ckpt.save(number, pieces(*seeds), block=True)  # which prunes what could not be
+            assert_same(ckpt.load(), pieces(*seeds))
+        assert 15 < i < 199
+
+
+def test_records_from_outside_are_not_believed(tmp_path: Path) -> None:
+    from tests.sweeps.attacks.forge import chunk, forge, padded, tensor
+
+    data = padded(bytes(range(200)), bytes(100))
+    one, two = chunk(bytes(range(200))), chunk(bytes(100), offset=4096)
+    own = {"name": "rank-00000.data", "length": len(data)}
+    linked = {"name": "rank-00000.linked-0.data", "length": len(data), "linked": True}
+
+    def attempt(name: str, files: Any, chunks: Any) -> None:
+        path = tmp_path / name
+        forge(
+            path,
+            {"t": "tensor", "i": 0},
+            tensors=[tensor((200,))],
+            rank={"files": files, "chunks": chunks},
+            data=data,
+        )
+        shutil.copy(path / "rank-00000.data", path / "rank-00000.linked-0.data")
+        shutil.copy(path / "rank-00000.data", path / "rank-00000.1.data")
+        try:
+            assert np.array_equal(asyncsave.load(path).numpy(), np.arange(200, dtype=np.uint8))
+        except asyncsave.FormatError:
+            raise AssertionError(name) from None
+
+    second = own | {"name": "rank-00000.1.data"}
+    attempt("sound", [own], [one, two])
+    attempt("all linked", [linked], [one, two])
+    attempt("one twice", [own], [one, one])
+    attempt("both", [own, linked], [one, two | {"file": 1}])
+    attempt("two of its own", [own, second], [one, two | {"file": 1}])
+    asyncsave.verify(tmp_path / "all linked")
+    asyncsave.verify(tmp_path / "sound")
+    with pytest.raises(asyncsave.IntegrityError, match="not zero"):
+        asyncsave.verify(tmp_path / "two of its own")  # which have frames of nobody's
+    for i, (files, chunks) in enumerate(
+        (
+            ([], []),
+            ([own, own], [one]),
+            ([linked | {"name": "rank-00000.data"}], [one]),
+            ([own | {"name": "rank-00000.linked-0.data"}], [one]),
+            ([linked | {"name": "rank-00000.linked-1.data"}], [one]),
+            ([own | {"name": "rank-00000.1.data"}], [one]),
+            ([own, linked], [one, two | {"file": 2}]),
+            ([own], [one, one | {"raw_length": 100}]),
+            ([own], [one, chunk(bytes(range(100)))]),
+            ([own | {"length": -1}], [one]),
+        )
+    ):
+        with pytest.raises((AssertionError, asyncsave.IntegrityError)):
+            attempt(f"unsound {i}", files, chunks)
