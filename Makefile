@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 # One question each, in the order of a README reader's; about 50 minutes in all, with nothing else running.
-BENCHES := stall save planes codec memory restore many gil auto faults start
+BENCHES := stall save planes codec memory restore many lora gil auto faults start
 
 .PHONY: demo test test-slow test-matrix soak check wheel bench knobs clean
 

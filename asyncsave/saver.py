@@ -57,8 +57,10 @@ class Saver(Session):
             backward pass. Off: everything is copied before `save` returns.
         durable: sync files and directories, so that what is reported done survives a power cut.
         reuse: "content": what has the same bytes as in the last checkpoint is not written again,
-            but its file linked into the new one, which is whole all the same. "off": all is
-            written.
+            but its file linked into the new one, which is whole all the same. "versions": what
+            torch's version counters say has not changed is not even copied; they do not see writes
+            through ``.data``, NumPy, DLPack, storages or other libraries' kernels, which would be
+            lost. "off": all is written.
         max_file_bytes: data files become no longer than this.
         stall_warning_seconds: log a warning that says where when a save has stood still for so
             long, and again each time that has doubled; None: never.
@@ -182,7 +184,7 @@ def save(
     lineage = _prepare(where, overwrite=overwrite)
     target = Target(where, None, lineage, overwrite, notes)
     pipeline = Pipeline(
-        compression=setting, memory_limit=limit, overlap=True, on_disk=OnDisk(reuse=False)
+        compression=setting, memory_limit=limit, overlap=True, on_disk=OnDisk(reuse="off")
     )
     try:
         handle = pipeline.save(state, target, began)

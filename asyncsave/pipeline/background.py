@@ -26,6 +26,7 @@ from ..snapshot.snapshotter import Snapshotter
 from .budget import Memory, encoder_threads
 from .handle import closed, finish_at_exit, log_exception
 from .moment import Moment
+from .reuse import Last
 from .save import Save, State
 from .target import OnDisk
 from .workers import Workers
@@ -53,13 +54,14 @@ class Background:
         *,
         compression: Compression | None,
         on_disk: OnDisk,
+        last: Last,
     ) -> None:
         self.saves: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
         self.over = self.drained = False
         self._memory = memory
         self._snapshotter = snapshotter
         self._compression = compression
-        self._on_disk = on_disk
+        self._on_disk, self._last = on_disk, last
         self._opened, self._ended = Moment(), Moment()
         self._refused: Exception | None = None
         self._then: list[Callable[[], None]] = []
@@ -167,6 +169,7 @@ class Background:
                 self._snapshotter,
                 compression=self._compression,
                 on_disk=self._on_disk,
+                last=self._last,
                 encoders=encoders,
                 io=io,
             )

@@ -29,12 +29,14 @@ from ..codec.compression import Compression
 from ..errors import ClosedError, SaveError, StagingError
 from ..snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from ..snapshot.snapshotter import Snapshotter, Staged
+from ..state.changes import Stillness, Versions
 from ..state.chunks import Plan
 from ..state.flatten import Flat, flatten
 from ..state.layout import Layout, Layouts
 from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
+from .reuse import Last, Reuse
 from .save import Save, Snapshot
 from .target import OnDisk, Target
 from .watchdog import STALL_WARNING_SECONDS, Watchdog
@@ -70,6 +72,8 @@ class Pipeline:
         self._stall_warning_seconds = stall_warning_seconds
         self._layouts: Layouts | None = None
         self._plan: Plan | None = None
+        self._stillness: Stillness | None = None
+        self._last, self._reuse = Last(), on_disk.reuse
         self._snapshotter = Snapshotter(transport)
         self._overlap = overlap
         self._current: SaveHandle | None = None
@@ -78,6 +82,7 @@ class Pipeline:
             self._snapshotter,
             compression=compression,
             on_disk=on_disk,
+            last=self._last,
         )
         self._background.open()
 
@@ -121,6 +126,8 @@ class Pipeline:
         handle = SaveHandle(target.step, path)
         watchdog = Watchdog(path, self._stall_warning_seconds)
         save = Save(target, flat, plan, handle, watchdog, began)
+        if self._reuse == "versions":
+            self._skip_unchanged(flat, save)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
         try:
@@ -133,6 +140,16 @@ class Pipeline:
         finally:
             self._background.wake(save)
         return handle
+
+    def _skip_unchanged(self, flat: Flat, save: Save) -> None:
+        """Note which chunks are as they were in the last checkpoint, and need not be copied."""
+        last, save.versions = self._last, Versions(flat.values)
+        if last.plan is not save.plan or last.versions is None:
+            return
+        save.reuse = Reuse(last.base)  # open from now on: what is not copied must be there
+        for index in save.versions.unchanged(last.versions, save.plan):
+            if save.reuse.has(last.chunks[index]):
+                save.reused[index] = last.chunks[index]
 
     def _take(self, flat: Flat, save: Save) -> None:
         """Take the snapshot, and say in the end what became of it."""
@@ -206,11 +223,14 @@ class Pipeline:
         """Take a state apart, and lay it out."""
         # Taken out while they work: what was interrupted may remember half of a layout.
         layouts, self._layouts = self._layouts or Layouts(), None
+        stillness, self._stillness = self._stillness or Stillness(), None
         transport = self._snapshotter.transport
         owns = None if transport is None else transport.owns
         flat = flatten(state, owns, overlap=self._overlap)
+        if self._reuse != "off":
+            flat.frozen = stillness.note(flat)
         layout = layouts.of(flat)
-        self._layouts = layouts
+        self._layouts, self._stillness = layouts, stillness
         return flat, layout
 
     def _stage(self, flat: Flat, save: Save) -> bool:
@@ -222,7 +242,8 @@ class Pipeline:
         assert slots is not None
         ready: list[Staged] = []
         unfinished = []
-        for chunk in sorted(save.plan.chunks, key=lambda chunk: (chunk.late, chunk.index)):
+        chunks = [chunk for chunk in save.plan.chunks if chunk.index not in save.reused]
+        for chunk in sorted(chunks, key=lambda chunk: (chunk.late, chunk.index)):
             slot = slots.acquire(chunk.index, wait=False)
             if slot is None:
                 # Only now: as long as slots are free, the copy has the cores and the GIL to itself.

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LoadError, SaveError
 from ..format.records import ChunkRecord, FileRecord, digest
 from ..pages import Bytes, padded
+from ..state.changes import Versions
+from ..state.chunks import Plan
 from ..storage.files import File
 from ..storage.place import Place
 
@@ -57,6 +59,22 @@ class Base:
         return cls(place, tuple(files), by_content)
 
 
+@dataclass(slots=True)
+class Last:
+    """What was saved last, for the next save; set by the event loop, read while no save runs.
+
+    Attributes:
+        base: what can be taken from it; None: that is not known.
+        plan, versions, chunks: what its chunks were made of, where that is noted, and their records
+            by index, ``file`` being one of ``base.files``.
+    """
+
+    base: Base | None = None
+    plan: Plan | None = None
+    versions: Versions | None = None
+    chunks: Mapping[int, ChunkRecord] = field(default_factory=dict)
+
+
 NO_BASE = Base(Place(Path()), (), {})
 """Nothing to take from."""
 
@@ -72,8 +90,8 @@ class Reuse:
     """
 
     def __init__(self, base: Base | None) -> None:
-        self.base = base
         self._files: dict[int, File] = {}
+        self.base = base
         if base is None:
             return
         try:
@@ -86,11 +104,14 @@ class Reuse:
         except LoadError as error:  # it may have been removed: then there is nothing to take
             _log.debug("nothing is taken from %s: %s", base.place, error)
 
+    def __del__(self) -> None:
+        self.close()  # of a save that was interrupted before it was begun
+
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
+        """Close the files. Idempotent."""
+        files, self._files = self._files, {}
+        for file in files.values():
             file.close()
-        self._files = {}
 
     def find(self, raw_digest: str, nbytes: int) -> ChunkRecord | None:
         """Return the record of a chunk that holds the same, if there is one."""
@@ -98,6 +119,10 @@ class Reuse:
             return None
         found = self.base.chunks.get((raw_digest, nbytes))
         return found if found is not None and found.file in self._files else None
+
+    def has(self, record: ChunkRecord) -> bool:
+        """Whether the file is there that a chunk of the base is in."""
+        return record.file in self._files
 
     def file(self, number: int) -> tuple[Place, int]:
         """Return where a file is, and its length."""

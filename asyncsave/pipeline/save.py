@@ -29,6 +29,7 @@ from ..report import SaveReport
 from ..snapshot.arena import Arena
 from ..snapshot.fence import LateCopies
 from ..snapshot.snapshotter import Staged
+from ..state.changes import Versions
 from ..state.chunks import Plan
 from ..state.flatten import Flat
 from .handle import SaveHandle, log_exception
@@ -96,6 +97,7 @@ class Save:
         staging_error: what made it leave before all was copied, if it could be noted.
         wake: set when there may be more of them, or no more.
         left_early: the error of the background that tells of that; the caller knows it already.
+        versions: of its tensors, where they decide what is copied.
         reuse: what it may take from an earlier checkpoint.
         chunks: where each chunk is in its data file, by index. The event loop's.
         reused: those that are in a file of an earlier checkpoint, by index: records of that one.
@@ -127,6 +129,7 @@ class Save:
         self.staging_error: BaseException | None = None
         self.wake = asyncio.Event()
         self.left_early: BaseException | None = None
+        self.versions: Versions | None = None
         self.reuse = Reuse(None)
         self.chunks: dict[int, ChunkRecord] = {}
         self.reused: dict[int, ChunkRecord] = {}

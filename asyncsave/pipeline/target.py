@@ -41,7 +41,7 @@ class Notes:
         return cls(parse_metrics(metrics), plain, read_sidecars(files))
 
 
-ReuseSetting = Literal["content", "off"]
+ReuseSetting = Literal["content", "versions", "off"]
 
 MAX_FILE_BYTES = 4 << 30
 LEAST_FILE_BYTES = 64 << 20
@@ -54,25 +54,26 @@ class OnDisk:
 
     Attributes:
         durable: files and directories are synced.
-        reuse: what has not changed since the last checkpoint is linked, not written.
+        reuse: what tells what has not changed since the last checkpoint, which is linked then and
+            not written: its bytes; or torch's version counters, and then its bytes; or nothing.
         max_file_bytes: longest data file.
     """
 
     durable: bool = True
-    reuse: bool = True
+    reuse: ReuseSetting = "content"
     max_file_bytes: int = MAX_FILE_BYTES
 
     @classmethod
     def parse(cls, durable: bool, reuse: ReuseSetting, max_file_bytes: int) -> OnDisk:
         """Return it for what a user gave; ConfigError for what cannot be."""
-        if reuse not in ("content", "off"):
-            raise ConfigError(f"reuse={reuse!r} must be 'content' or 'off'")
+        if reuse not in ("content", "versions", "off"):
+            raise ConfigError(f"reuse={reuse!r} must be 'content', 'versions' or 'off'")
         if type(max_file_bytes) is not int or max_file_bytes < LEAST_FILE_BYTES:
             raise ConfigError(
                 f"max_file_bytes={max_file_bytes!r} must be an int, and at least "
                 f"{LEAST_FILE_BYTES} (64 MiB)"
             )
-        return cls(durable, reuse == "content", max_file_bytes)
+        return cls(durable, reuse, max_file_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from .budget import Memory, encoder_threads
 from .choose import LEAST_WRITES, Chooser
 from .encode import Encoding, Frame, Frames
 from .handle import log_exception
-from .reuse import MOST_LINKED, NO_BASE, Base, Reuse
+from .reuse import MOST_LINKED, NO_BASE, Base, Last, Reuse
 from .save import Save, State
 from .target import OnDisk
 from .workers import call
@@ -58,13 +58,14 @@ class Writing:
         *,
         compression: Compression | None,
         on_disk: OnDisk,
+        last: Last,
         encoders: Executor,
         io: Executor,
     ) -> None:
         self._memory = memory
         self._snapshotter = snapshotter
         self._on_disk = on_disk
-        self._base: Base | None = None  # what was saved last
+        self._last = last
         self._chooser = Chooser(compression, encoder_threads())
         self._encoding = Encoding(memory, compression, self._chooser, encoders=encoders, io=io)
         self._io = io
@@ -103,6 +104,7 @@ class Writing:
         except CommitError:
             raise  # it is in place
         except BaseException:
+            save.reuse.close()
             save.stop(self._memory.arenas)  # where not even the draft could be begun
             await self._settle(save)
             save.to(State.FAILED)
@@ -111,7 +113,8 @@ class Writing:
     async def _fill(self, save: Save, draft: Draft) -> int:
         """Write, seal and publish the draft; return the length of its own files."""
         save.to(State.WRITING)
-        save.reuse = await call(self._io, Reuse, await self._base_for(save))
+        if save.reuse.base is None:
+            save.reuse = await call(self._io, Reuse, await self._base_for(save))
         try:
             async with self._fed(save) as frames:
                 async for some in frames:
@@ -121,7 +124,7 @@ class Writing:
                         self._encoding.disk_is_known(frames)
             await self._take_over(save, draft)
         finally:
-            save.reuse.close()
+            await call(self._io, save.reuse.close)
         save.to(State.SEALING)
         files = draft.records()
         rank_manifest, record = await call(self._io, self._manifests, save, files)
@@ -130,8 +133,10 @@ class Writing:
         save.to(State.PUBLISHING)
         await draft.publish(record, replace=save.target.replace)
         save.to(State.DURABLE)
-        if self._on_disk.reuse:
-            self._base = Base.of(save.target.place, files, save.chunks.values())
+        if self._on_disk.reuse != "off":
+            last = self._last
+            last.base = Base.of(save.target.place, files, save.chunks.values())
+            last.plan, last.versions, last.chunks = save.plan, save.versions, save.chunks
         sidecars = sum(map(len, save.target.notes.files.values()))
         return draft.nbytes + len(rank_manifest) + len(record) + sidecars
 
@@ -139,12 +144,14 @@ class Writing:
 
     async def _base_for(self, save: Save) -> Base | None:
         """Return what a save may share with an earlier checkpoint."""
-        if self._on_disk.reuse and self._base is None:
+        if self._on_disk.reuse == "off":
+            return None
+        if self._last.base is None:
             try:
-                self._base = await call(self._io, save.target.earlier)
+                self._last.base = await call(self._io, save.target.earlier)
             except LoadError as error:  # it was restored from another one, or from none
                 _log.debug("nothing is shared with an earlier checkpoint: %s", error)
-        return self._base if self._on_disk.reuse else None
+        return self._last.base
 
     async def _take_over(self, save: Save, draft: Draft) -> None:
         """Link the files that reused chunks are in, or copy the chunks.
@@ -183,7 +190,8 @@ class Writing:
             try:
                 await call(self._io, save.reuse.read, record, slot.array)
             except SaveError:
-                self._base = NO_BASE  # it is damaged: the next save takes nothing from it
+                # it is damaged: the next save takes nothing from it
+                self._last.base, self._last.plan = NO_BASE, None
                 raise
             end = padded(record.length)
             slot.array[record.length : end] = 0

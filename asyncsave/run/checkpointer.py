@@ -17,9 +17,7 @@ from typing import Any
 import torch
 
 from ..codec.compression import CompressionSetting
-from ..errors import (
-    ConfigError,
-)
+from ..errors import ConfigError
 from ..format.notes import parse_step
 from ..pipeline.budget import MemoryLimit
 from ..pipeline.handle import SaveHandle
@@ -99,8 +97,10 @@ class Checkpointer(Session):
         durable: sync files and directories, so that what is reported done survives a power cut.
             Off: a power cut may leave nothing, as older ones are removed all the same.
         reuse: "content": what has the same bytes as in the last checkpoint is not written again,
-            but its file linked into the new one, which is whole all the same. "off": all is
-            written.
+            but its file linked into the new one, which is whole all the same. "versions": what
+            torch's version counters say has not changed is not even copied; they do not see writes
+            through ``.data``, NumPy, DLPack, storages or other libraries' kernels, which would be
+            lost. "off": all is written.
         max_file_bytes: data files become no longer than this.
         stall_warning_seconds: log a warning that says where when a save has stood still for so long
             (on a disk that hangs), and again each time that has doubled; None: never.

@@ -214,20 +214,9 @@ def as_live(live: Any, new: Any) -> Any:
     known = BY_TYPE.get(type(live))
     if known is not None:
         return new if isinstance(new, known.type) else _from_plain(known, new)
-    if isinstance(live, enum.Enum):
-        return new if new is None or type(new) is type(live) else type(live)(new)
-    if isinstance(live, dict) and isinstance(new, dict):
-        return _dict_as_live(live, new)
-    if isinstance(live, _SEQUENCES) and isinstance(new, _SEQUENCES):
-        return _sequence_as_live(live, new)
-    if isinstance(live, (set, frozenset)) and isinstance(new, (set, frozenset)):
-        return _set_as_live(live, new)
-    if isinstance(live, (str, int, float)) and type(live) not in (str, int, float, bool):
-        fits = isinstance(new, (str, int, float)) and type(new) in type(live).__mro__
-        kind: Any = type(live)
-        return kind(new) if fits else new
-    if isinstance(live, NAMESPACES) and isinstance(new, dict):
-        return type(live)(**_dict_as_live(vars(live), new))
+    for kinds, plain, make in _AS_LIVE:
+        if isinstance(live, kinds) and isinstance(new, plain):
+            return make(live, new)
     if is_record(live) and isinstance(new, dict):
         own = Fields(live)
         return remade(live, {**own, **_dict_as_live(dict(own), new)})
@@ -273,3 +262,31 @@ def _set_as_live(live: Any, new: Any) -> Any:
     kind: Any = kinds.pop() if len(kinds) == 1 else None
     is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
     return type(new)(map(kind, new)) if is_enum else new
+
+
+def _enum_as_live(live: Any, new: Any) -> Any:
+    return new if new is None or type(new) is type(live) else type(live)(new)
+
+
+def _plain_as_live(live: Any, new: Any) -> Any:
+    """Return a number or a text as one of a subclass; a bool is none that anybody has made."""
+    kind: Any = type(live)
+    is_own = kind not in (str, int, float, bool)
+    return kind(new) if is_own and type(new) in kind.__mro__ else new
+
+
+def _namespace_as_live(live: Any, new: Any) -> Any:
+    return type(live)(**_dict_as_live(vars(live), new))
+
+
+_SETS = (set, frozenset)
+
+_AS_LIVE: tuple[tuple[Any, Any, Callable[[Any, Any], Any]], ...] = (
+    (enum.Enum, object, _enum_as_live),
+    (dict, dict, _dict_as_live),
+    (_SEQUENCES, _SEQUENCES, _sequence_as_live),
+    (_SETS, _SETS, _set_as_live),
+    ((str, int, float), (str, int, float), _plain_as_live),
+    (NAMESPACES, dict, _namespace_as_live),
+)
+"""What is live, what was saved, and how that becomes the same; the first one that fits."""

@@ -75,12 +75,14 @@ class Layout:
         sources: in order of appearance.
         groups: in address order.
         nbytes: length of the address space.
+        source_of: of each leaf, the number of the source that it is part of.
     """
 
     placements: tuple[Placement, ...]
     sources: tuple[Source, ...]
     groups: tuple[Group, ...]
     nbytes: int
+    source_of: tuple[int, ...]
 
 
 class Layouts:
@@ -250,7 +252,8 @@ def _lay_out(flat: Flat) -> tuple[Layout, list[View]]:
     for value, view in zip(flat.values, views, strict=True):
         start = starts[view.source] + view.offset if sources[view.source].nbytes else 0
         placements.append(_placement(value, start, view))
-    return Layout(tuple(placements), tuple(sources), tuple(groups), end), views
+    source_of = tuple(view.source for view in views)
+    return Layout(tuple(placements), tuple(sources), tuple(groups), end, source_of), views
 
 
 def _placement(value: Bulk, start: int, view: View) -> Placement:

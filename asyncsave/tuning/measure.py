@@ -315,7 +315,7 @@ class _Measuring:
             compression=Compression(level),
             memory_limit="auto",
             overlap=True,
-            on_disk=OnDisk(reuse=False),
+            on_disk=OnDisk(reuse="off"),
         )
         try:
             pipeline.prewarm(state)

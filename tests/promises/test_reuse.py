@@ -16,6 +16,8 @@ import torch
 
 import asyncsave
 from asyncsave import Checkpointer, Saver
+from asyncsave.state.changes import Stillness
+from asyncsave.state.flatten import flatten
 from tests.doubles.disks import WrappedDisk
 from tests.doubles.fault_disk import FaultDisk, Faults
 from tests.support import assert_same
@@ -401,3 +403,152 @@ def test_records_from_outside_are_not_believed(tmp_path: Path) -> None:
     ):
         with pytest.raises((AssertionError, asyncsave.IntegrityError)):
             attempt(f"unsound {i}", files, chunks)
+
+
+# -- version counters -----------------------------------------------------------------------------
+
+
+def test_what_has_no_new_version_is_not_even_copied(tmp_path: Path) -> None:
+    state = pieces(*range(20))
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        for number in range(1, 5):
+            with torch.no_grad():
+                state["p003"].add_(1)
+            ckpt.save(number, state, block=True)
+            assert_same(ckpt.load(), state)
+        assert [report.shared_chunks for report in ckpt.stats.reports] == [0, 19, 19, 19]
+        # the proof that they are not looked at: this write is one that no counter sees
+        before = state["p007"][5].item()
+        state["p007"].numpy()[5] = 77.0
+        ckpt.save(5, state, block=True)
+        assert ckpt.load()["p007"][5] == before
+        state["p007"].add_(0)
+        ckpt.save(6, state, block=True)
+        assert ckpt.load()["p007"][5] == 77
+    asyncsave.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(p003=_piece(99)),
+        lambda state: state["p003"].copy_(_piece(99)),
+        lambda state: state["p003"][7:9].zero_(),
+        lambda state: state["p003"].view(128, 128)[0].zero_(),
+        lambda state: torch._foreach_add_([state["p003"]], 1.0),
+        lambda state: state["p003"].detach().add_(1),
+        lambda state: torch.nn.init.zeros_(state["p003"]),
+        lambda state: state["p003"].set_(_piece(99)),
+        lambda state: setattr(state["p003"], "data", _piece(99)),
+        lambda state: state.pop("p003"),
+        lambda state: state.update(p003=_piece(3)[: PIECE // 2]),
+        lambda state: state.update(p003=_piece(3).to(torch.float64)),
+        lambda state: state.update(new=_piece(99)),
+        lambda state: state.update(p003=np.zeros(7)),
+    ],
+)
+def test_every_change_that_torch_can_see_is_saved(tmp_path: Path, change: Any) -> None:
+    state: dict[str, Any] = pieces(*range(6))
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        for number in (1, 2):
+            ckpt.save(number, state, block=True)
+        change(state)
+        for number in (3, 4):
+            ckpt.save(number, state, block=True)
+            assert_same(ckpt.load(), state)
+
+
+def test_another_tensor_in_the_same_place(tmp_path: Path) -> None:
+    """As when an allocator gives the memory of what was dropped to the next one."""
+    memory = np.zeros(PIECE, np.float32)
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        for number in range(4):
+            memory[:] = number
+            state = {"x": torch.frombuffer(memory.data, dtype=torch.float32)}
+            ckpt.save(number, state, block=True)
+            assert ckpt.load()["x"][0] == number
+            del state
+
+
+def test_versions_of_ties_and_views(tmp_path: Path) -> None:
+    base = _piece(1)
+    state = {"a": base, "b": base[: PIECE // 2], "t": base.view(128, 128).t(), "n": base.numpy()}
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        ckpt.save(1, state, block=True)
+        base[3] = 5
+        ckpt.save(2, state, block=True)
+        assert_same(ckpt.load(), state)
+
+
+def test_versions_where_the_last_checkpoint_is_gone(tmp_path: Path) -> None:
+    state = pieces(*range(4))
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        ckpt.save(1, state, block=True)
+        shutil.rmtree(step(tmp_path, 1))
+        ckpt.save(2, state, block=True)
+        assert_same(ckpt.load(), state)
+        (step(tmp_path, 2) / "rank-00000.data").write_bytes(b"")
+        ckpt.save(3, state, block=True)
+        assert_same(ckpt.load(), state)
+
+
+def test_a_failed_save_is_not_taken_from(tmp_path: Path) -> None:
+    disk = FaultDisk(Faults())
+    state = pieces(*range(4))
+    with Checkpointer(disk.at(tmp_path), reuse="versions", **SMALL) as ckpt:
+        ckpt.save(1, state, block=True)
+        with torch.no_grad():
+            state["p001"].zero_()
+        disk.faults = Faults(0, errno.EIO, kinds=["write_file"])
+        with pytest.raises(asyncsave.WriteError):
+            ckpt.save(2, state, block=True)
+        disk.faults = Faults()
+        ckpt.save(3, state, block=True)
+        assert ckpt.load()["p001"].sum() == 0
+        assert ckpt.stats.reports[-1].shared_chunks == 3
+    assert len(os.listdir("/proc/self/fd")) < 200
+
+
+def test_versions_of_a_module_and_its_optimizer(tmp_path: Path) -> None:
+    lora = LoRA()
+    with Checkpointer(tmp_path, reuse="versions", **SMALL) as ckpt:
+        for number in range(1, 6):
+            lora.train()
+            ckpt.save(number, lora.state, block=True)
+            other = LoRA()
+            other.train()
+            asyncsave.restore(tmp_path, other.state)
+            assert_same(dict(other.model.state_dict()), dict(lora.model.state_dict()))
+        assert all(r.shared_chunks >= r.chunks - 3 for r in ckpt.stats.reports[1:])
+
+
+# -- what was seen to change ----------------------------------------------------------------------
+
+
+def test_what_was_seen_not_to_change_is_laid_apart(tmp_path: Path) -> None:
+    """Every second tensor is trained, and nothing says so: chunks straddle both at first."""
+    state = {f"p{i:03d}": torch.randn(PIECE // 8) for i in range(64)}
+    with Checkpointer(tmp_path, compression="off", **SMALL) as ckpt:
+        for number in range(12):
+            with torch.no_grad():
+                for i in range(0, 64, 2):
+                    state[f"p{i:03d}"].add_(1)
+            ckpt.save(number, state, block=True)
+            assert_same(ckpt.load(), state)
+        shared = [report.shared_chunks for report in ckpt.stats.reports]
+    assert shared[1] == 0
+    assert shared[-1] == 4, "half of eight chunks"
+
+
+def test_a_layout_does_not_flutter() -> None:
+    """Whatever changes now and then, chunks begin anew a few times only."""
+    chance = random.Random(1)
+    state = {f"p{i:03d}": torch.randn(10) for i in range(64)}
+    stillness, said = Stillness(), []
+    for _ in range(100):
+        with torch.no_grad():
+            for each in state.values():
+                if chance.random() < 0.3:
+                    each.add_(1)
+        said.append(tuple(stillness.note(flatten(state))))
+    assert 1 < len(set(said)) <= 7

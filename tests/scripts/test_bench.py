@@ -28,6 +28,7 @@ SCRIPTS = (
     "codec",
     "faults",
     "gil",
+    "lora",
     "many",
     "memory",
     "planes",
@@ -241,6 +242,15 @@ def test_faults(run: Run) -> None:
     full = rows["asyncsave"]["full_disk"]
     assert full in ("raises DiskFullError, nothing is left", "not tried: needs root")
     assert "IntegrityError" in printed
+
+
+def test_lora(run: Run) -> None:
+    results, printed = run("lora")
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["off", "content", "versions"]
+    assert all(row["first"] > 0 and row["on_disk"] >= row["last"] > 0 for row in rows.values())
+    assert all(name in printed for name in rows)
+    assert len(results["bars"]) == 6
 
 
 def test_start(run: Run) -> None:
