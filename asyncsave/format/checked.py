@@ -29,7 +29,7 @@ from .files import (
     MAX_RANK_BYTES,
     data_file,
     is_sidecar_name,
-    linked_file,
+    linked_number,
     rank_file,
 )
 from .leaf import Leaf
@@ -46,7 +46,7 @@ from .records import (
     has_its_digest,
 )
 from .ties import overlapping, padding
-from .tree import Node
+from .tree import Node, leaves_of
 from .validate import validate_tree
 
 _HEX = re.compile(r"[0-9a-f]{32}")
@@ -141,6 +141,7 @@ def decode_rank(data: bytes | bytearray, entry: EntryRecord, rank: int, path: ob
     _check_ties(leaves, path)
     _check_bytes(leaves, path)
     validate_tree(record.tree, len(leaves), path)
+    _check_made(record.tree, leaves, path)
     return Manifest(rank, record.files, record.chunks, leaves, record.tree)
 
 
@@ -184,11 +185,15 @@ def _are_parts(chunk: ChunkRecord, planes: Sequence[int]) -> bool:
 
 def _check_files(files: Sequence[FileRecord], rank: int, path: object) -> None:
     _require(0 < len(files) <= MAX_FILES, path, "number of data files")
-    counts = {False: 0, True: 0}
+    own, last = 0, -1
     for file in files:
-        name = (linked_file if file.linked else data_file)(rank, counts[file.linked])
-        counts[file.linked] += 1
-        _require(file.name == name, path, f"file name {file.name!r:.40}")
+        if file.linked:
+            number = linked_number(rank, file.name)
+            _require(number is not None and number > last, path, f"file name {file.name!r:.40}")
+            last = number or 0
+        else:
+            _require(file.name == data_file(rank, own), path, f"file name {file.name!r:.40}")
+            own += 1
         _require(0 <= file.length <= MAX_BYTES, path, f"length of {file.name}")
 
 
@@ -301,6 +306,33 @@ def _reach(shape: list[int], strides: list[int]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+
+
+_MOST_TIED = 16
+
+
+def _check_made(tree: Node, leaves: Sequence[Leaf], path: object) -> None:
+    """Refuse what cannot be made in time and memory that are proportional to the stored bytes.
+
+    What is made of tensors copies them, or looks at each element: they must not repeat any, nor all
+    be the same ones.
+    """
+    seen = bytearray(len(leaves))
+    made_bytes = 0
+    for i, is_made in leaves_of(tree):
+        _require(not seen[i], path, f"tree, in which tensor {i} is twice,")
+        seen[i] = True
+        if is_made:
+            leaf = leaves[i]
+            _require(
+                math.prod(leaf.shape) * leaf.dtype.nbytes <= leaf.nbytes,
+                path,
+                f"strides of {leaf.name!r:.80}, of which something is made,",
+            )
+            made_bytes += leaf.nbytes
+    end = max((leaf.stop for leaf in leaves), default=0)
+    few = made_bytes <= _MOST_TIED * end
+    _require(few, path, "number of values that are made of the same bytes")
 
 
 def _check_ties(leaves: Iterable[Leaf], path: object) -> None:

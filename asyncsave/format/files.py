@@ -20,6 +20,7 @@ MAX_FILES = 1 << 16
 """Of data files of a rank."""
 
 
+_LINKED = re.compile(r"rank-[0-9]{5}\.linked-([0-9]{1,5})\.data")
 _OURS = re.compile(r"checkpoint\.json|rank-.*|step-.*|set-aside-.*", re.IGNORECASE)
 
 
@@ -49,3 +50,10 @@ def data_file(rank: int, number: int = 0) -> str:
 def linked_file(rank: int, number: int) -> str:
     """Return the name of a data file that a rank shares with an earlier checkpoint."""
     return f"rank-{rank:05d}.linked-{number}.data"
+
+
+def linked_number(rank: int, name: str) -> int | None:
+    """Return the number in such a name; None: it is none."""
+    found = _LINKED.fullmatch(name)
+    number = -1 if found is None else int(found[1])
+    return number if 0 <= number < MAX_FILES and linked_file(rank, number) == name else None

@@ -133,7 +133,7 @@ def _in_order(value: Any) -> tuple[Any, ...]:
     """Return a set's items in an order that is the same in all processes, where they have one."""
     try:
         return tuple(sorted(value))
-    except TypeError:
+    except Exception:  # also of NaNs, and of classes of somebody's own
         return tuple(value)
 
 
@@ -208,7 +208,7 @@ def _defaultdict(of: Any, args: Any) -> Any:
 
 
 def _deque(of: Any, args: Any) -> Any:
-    if args is not None and not 0 <= of_type(args, int) < 2**62:
+    if args is not None and not 0 <= of_type(args, int) < 2**63:
         raise ValueError("a deque's maxlen")
     if args is not None and len(of) > args:
         raise ValueError("a deque that is longer than its maxlen")

@@ -292,6 +292,15 @@ def unwrapped(node: Node) -> Node:
     return node
 
 
+def inside(node: Node) -> Node:
+    """Return what a record of an object, or of Python's own containers, is a wrapper of."""
+    while isinstance(node, WRAPPERS):
+        if isinstance(node, MadeNode) and node.type.startswith(("torch.", "numpy.")):
+            return node
+        node = node.of
+    return node
+
+
 def is_leaf(node: Node) -> bool:
     """Whether a record holds no others that have names of their own."""
     return not isinstance(unwrapped(node), CONTAINERS)
@@ -352,6 +361,18 @@ def _torch_text(node: SizeNode | DtypeNode | DeviceNode) -> str:
     if isinstance(node, SizeNode):
         return f"torch.Size([{', '.join(map(str, node.dims))}])"
     return f"torch.{node.name}" if isinstance(node, DtypeNode) else node.name
+
+
+def leaves_of(node: Node, is_made: bool = False) -> Iterator[tuple[int, bool]]:
+    """Yield the number of each leaf with bulk in ``node``, and whether something is made of it."""
+    if isinstance(node, TensorNode):
+        yield node.i, is_made
+    elif isinstance(node, CONTAINERS):
+        if isinstance(node, MadeNode):
+            is_made = is_made or node.type.startswith(("torch.", "numpy.", "bytearray"))
+        for part in parts(node):
+            if type(part) not in LITERALS:
+                yield from leaves_of(part, is_made)
 
 
 def has_typed(node: Node) -> bool:

@@ -159,7 +159,8 @@ class Encoding:
     def probe(self, save: Save, staged: Staged, into: Slot) -> Sequence[Frame]:
         """Make the frame of a chunk as it is; encode a piece of it, for the chooser."""
         frame = self._raw_frame(save, staged)
-        self._encode(staged, min(staged.chunk.nbytes, PROBE_BYTES), into)
+        if frame.reused is None:
+            self._encode(staged, min(staged.chunk.nbytes, PROBE_BYTES), into)
         assert self._memory.frames is not None
         self._memory.frames.release(into)
         return [frame]

@@ -36,7 +36,7 @@ from ..state.layout import Layout, Layouts
 from .background import Background
 from .budget import Memory
 from .handle import SaveHandle, ending
-from .reuse import Last, Reuse
+from .reuse import Last
 from .save import Save, Snapshot
 from .target import OnDisk, Target
 from .watchdog import STALL_WARNING_SECONDS, Watchdog
@@ -144,12 +144,13 @@ class Pipeline:
     def _skip_unchanged(self, flat: Flat, save: Save) -> None:
         """Note which chunks are as they were in the last checkpoint, and need not be copied."""
         last, save.versions = self._last, Versions(flat.values)
-        if last.plan is not save.plan or last.versions is None:
+        if last.plan is not save.plan or last.versions is None or last.base is None:
             return
-        save.reuse = Reuse(last.base)  # open from now on: what is not copied must be there
+        is_there = last.base.is_there()
         for index in save.versions.unchanged(last.versions, save.plan):
-            if save.reuse.has(last.chunks[index]):
-                save.reused[index] = last.chunks[index]
+            record = last.chunks[index]
+            if is_there[record.file]:
+                save.reused[index] = record
 
     def _take(self, flat: Flat, save: Save) -> None:
         """Take the snapshot, and say in the end what became of it."""

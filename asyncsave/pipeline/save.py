@@ -130,7 +130,7 @@ class Save:
         self.wake = asyncio.Event()
         self.left_early: BaseException | None = None
         self.versions: Versions | None = None
-        self.reuse = Reuse(None)
+        self.reuse = Reuse()
         self.chunks: dict[int, ChunkRecord] = {}
         self.reused: dict[int, ChunkRecord] = {}
         self.blocked_seconds = self.staged_seconds = self.durable_seconds = 0.0

@@ -26,7 +26,7 @@ class Notes:
 
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     metadata: object = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -40,12 +40,17 @@ class Notes:
         plain = encode_plain(metadata, "metadata")
         return cls(parse_metrics(metrics), plain, read_sidecars(files))
 
+    @property
+    def nbytes(self) -> int:
+        """Length of all files."""
+        return sum(map(len, self.files.values()))
+
 
 ReuseSetting = Literal["content", "versions", "off"]
 
 MAX_FILE_BYTES = 4 << 30
-LEAST_FILE_BYTES = 64 << 20
-"""As much as is written at once."""
+LEAST_FILE_BYTES = 1 << 30
+"""With shorter ones, whoever reads a large checkpoint would run out of descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class OnDisk:
         if type(max_file_bytes) is not int or max_file_bytes < LEAST_FILE_BYTES:
             raise ConfigError(
                 f"max_file_bytes={max_file_bytes!r} must be an int, and at least "
-                f"{LEAST_FILE_BYTES} (64 MiB)"
+                f"{LEAST_FILE_BYTES} (1 GiB)"
             )
         return cls(durable, reuse, max_file_bytes)
 

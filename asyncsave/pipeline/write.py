@@ -16,7 +16,7 @@ import contextlib
 import datetime
 import logging
 import platform
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
 
 import msgspec
@@ -25,17 +25,19 @@ import torch
 from .._version import __version__
 from ..codec.compression import Compression
 from ..errors import CommitError, LoadError, SaveError
+from ..format.files import linked_file
 from ..format.records import About, ChunkRecord, FileRecord, encode_manifests
 from ..pages import padded
 from ..report import SaveReport
 from ..snapshot.snapshotter import Snapshotter
 from ..state.layout import tensor_records
 from ..storage.draft import Draft
+from ..storage.place import Identity
 from .budget import Memory, encoder_threads
 from .choose import LEAST_WRITES, Chooser
 from .encode import Encoding, Frame, Frames
 from .handle import log_exception
-from .reuse import MOST_LINKED, NO_BASE, Base, Last, Reuse
+from .reuse import Base, Last, Reuse, are_sound, by_file, read_frame
 from .save import Save, State
 from .target import OnDisk
 from .workers import call
@@ -79,7 +81,8 @@ class Writing:
             stored_bytes = await self._write(save)
             # durable: what fails from here on is told, and is no failure of the save
             try:
-                report = await call(self._io, save.report, stored_bytes, self._memory.nbytes)
+                memory = self._memory.nbytes + save.target.notes.nbytes
+                report = await call(self._io, save.report, stored_bytes, memory)
                 with contextlib.suppress(Exception):  # of a user's filter or handler
                     _log.info("%s", report)
                 return report
@@ -87,6 +90,7 @@ class Writing:
                 await self._tidy_up(save)
                 save.to(State.DONE)
         finally:
+            save.target.notes.files.clear()  # who began the save keeps its target
             save.watchdog.close()
 
     async def _write(self, save: Save) -> int:
@@ -102,9 +106,9 @@ class Writing:
                 with self._stopping(save):
                     return await self._fill(save, draft)
         except CommitError:
+            self._last.forget()  # whether it is the last one, nobody knows
             raise  # it is in place
         except BaseException:
-            save.reuse.close()
             save.stop(self._memory.arenas)  # where not even the draft could be begun
             await self._settle(save)
             save.to(State.FAILED)
@@ -113,92 +117,121 @@ class Writing:
     async def _fill(self, save: Save, draft: Draft) -> int:
         """Write, seal and publish the draft; return the length of its own files."""
         save.to(State.WRITING)
-        if save.reuse.base is None:
-            save.reuse = await call(self._io, Reuse, await self._base_for(save))
-        try:
-            async with self._fed(save) as frames:
-                async for some in frames:
-                    await self._append(save, draft, some)
-                    frames.finished(len(some))
-                    if len(save.chunks) >= LEAST_WRITES:
-                        self._encoding.disk_is_known(frames)
-            await self._take_over(save, draft)
-        finally:
-            await call(self._io, save.reuse.close)
+        await self._begin_reuse(save, draft)
+        async with self._fed(save) as frames:
+            async for some in frames:
+                await self._append(save, draft, some)
+                frames.finished(len(some))
+                if len(save.chunks) + len(save.reused) >= LEAST_WRITES:
+                    self._encoding.disk_is_known(frames)
+        own = await self._take_over(save, draft)
         save.to(State.SEALING)
-        files = draft.records()
+        files = await draft.end_data()
+        for index, each in save.reused.items():
+            save.chunks[index] = _in_linked(each, files, own)
         rank_manifest, record = await call(self._io, self._manifests, save, files)
-        await draft.seal(rank_manifest, save.target.notes.files)
-        self._chooser.synced(draft.nbytes, draft.sync_seconds)
+        notes = save.target.notes
+        await draft.seal(rank_manifest, notes.files)
+        if not save.reused:  # a sync of next to nothing says nothing of the disk
+            self._chooser.synced(draft.nbytes, draft.sync_seconds)
+        identities = await self._identities(draft, files)
         save.to(State.PUBLISHING)
         await draft.publish(record, replace=save.target.replace)
         save.to(State.DURABLE)
-        if self._on_disk.reuse != "off":
+        if identities:
             last = self._last
-            last.base = Base.of(save.target.place, files, save.chunks.values())
+            last.base = Base.of(save.target.place, files, identities, save.chunks.values())
             last.plan, last.versions, last.chunks = save.plan, save.versions, save.chunks
-        sidecars = sum(map(len, save.target.notes.files.values()))
-        return draft.nbytes + len(rank_manifest) + len(record) + sidecars
+        return draft.nbytes + len(rank_manifest) + len(record) + notes.nbytes
 
     # -- what an earlier checkpoint has -----------------------------------------------------------
 
-    async def _base_for(self, save: Save) -> Base | None:
-        """Return what a save may share with an earlier checkpoint."""
-        if self._on_disk.reuse == "off":
-            return None
-        if self._last.base is None:
-            try:
-                self._last.base = await call(self._io, save.target.earlier)
-            except LoadError as error:  # it was restored from another one, or from none
-                _log.debug("nothing is shared with an earlier checkpoint: %s", error)
-        return self._last.base
-
-    async def _take_over(self, save: Save, draft: Draft) -> None:
-        """Link the files that reused chunks are in, or copy the chunks.
+    async def _begin_reuse(self, save: Save, draft: Draft) -> None:
+        """Give the files that a save may share with an earlier checkpoint names in this one.
 
         Raises:
-            SaveError: they are not what they were.
+            SaveError: chunks were not copied since they are there, and they are not any more.
         """
-        if not save.reused:
+        last = self._last
+        if self._on_disk.reuse == "off":
             return
-        linked: dict[int, int] = {}
-        for number, records in _by_file(save.reused.values()).items():
-            if len(linked) < MOST_LINKED and save.reuse.is_worth_linking(number, records):
-                found = await draft.link(*save.reuse.file(number))
-                if found is not None:
-                    linked[number] = found
-        copied: dict[tuple[int, int], ChunkRecord] = {}
-        for index, record in list(save.reused.items()):
-            frame = record.file, record.offset
-            if record.file not in linked:
-                if frame not in copied:
-                    copied[frame] = await self._copy(save, draft, record)
-                save.chunks[index] = copied[frame]
-                del save.reused[index]
-        for index, record in save.reused.items():
-            file = draft.own_files + linked[record.file]
-            save.chunks[index] = msgspec.structs.replace(record, file=file)
+        if last.base is None:
+            try:
+                last.base = await call(self._io, save.target.earlier)
+            except LoadError as error:  # it was restored from another one, or from none
+                _log.debug("nothing is shared with an earlier checkpoint: %s", error)
+        if (base := last.base) is None:
+            return
+        files = [
+            (base.place / record.name, record, identity)
+            for record, identity in zip(base.files, base.identities, strict=True)
+        ]
+        save.reuse = Reuse(base, await draft.link(files))
+        if lost := by_file(save.reused.values()).keys() - save.reuse.linked.keys():
+            last.forget()
+            raise SaveError(
+                f"{files[min(lost)][0]} has gone, or was changed, while what is in it was not "
+                "copied, as reuse='versions' allows; the next save copies and writes everything"
+            )
 
-    async def _copy(self, save: Save, draft: Draft, record: ChunkRecord) -> ChunkRecord:
-        """Copy a chunk of an earlier checkpoint, as it is stored; return where it is now."""
+    async def _take_over(self, save: Save, draft: Draft) -> int:
+        """Keep the files that most of is needed; copy what is needed of others.
+
+        Returns how many own files there are then.
+        """
+        needed = by_file(save.reused.values())
+        kept = save.reuse.kept(needed)
+        for number, records in needed.items():
+            if number not in kept and not await self._copy(save, draft, number, records):
+                kept.add(number)
+        await draft.keep([save.reuse.linked[number] for number in kept])
+        return draft.own_files
+
+    async def _copy(
+        self, save: Save, draft: Draft, number: int, records: Sequence[ChunkRecord]
+    ) -> bool:
+        """Copy chunks of an earlier checkpoint, as they are stored.
+
+        Returns:
+            False: nothing was copied, as something is damaged there; what has to be told from it
+            is better told by who reads it than by a copy that looks sound.
+        """
         arena = self._memory.slots
         assert arena is not None
+        file = await call(self._io, draft.linked(save.reuse.linked[number]).open)
         slot = arena.acquire(wait=False)
         assert slot is not None, "all are free: all chunks are written"
         try:
             save.watchdog.writing(f"copying what has not changed, at offset {draft.nbytes}")
-            try:
-                await call(self._io, save.reuse.read, record, slot.array)
-            except SaveError:
-                # it is damaged: the next save takes nothing from it
-                self._last.base, self._last.plan = NO_BASE, None
-                raise
-            end = padded(record.length)
-            slot.array[record.length : end] = 0
-            file, offset = await draft.append(arena.view(slot, end))
+            if not await call(self._io, are_sound, file, records, slot.array):
+                _log.warning("%s is damaged, and a part of the new checkpoint with it", file.path)
+                return False
+            copied: dict[int, ChunkRecord] = {}
+            for index, record in list(save.reused.items()):
+                if record.file != number:
+                    continue
+                if record.offset not in copied:
+                    await call(self._io, read_frame, file, record, slot.array)
+                    end = padded(record.length)
+                    slot.array[record.length : end] = 0
+                    where = await draft.append(arena.view(slot, end))
+                    copied[record.offset] = _moved(record, *where)
+                save.chunks[index] = copied[record.offset]
+                del save.reused[index]
+            return True
         finally:
             arena.release(slot)
-        return msgspec.structs.replace(record, file=file, offset=offset)
+            file.close()
+
+    async def _identities(self, draft: Draft, files: Sequence[FileRecord]) -> list[Identity]:
+        """Return what tells the files of a checkpoint; nothing if the next one need not know."""
+        if self._on_disk.reuse == "off":
+            return []
+        try:
+            return await draft.identities(files)
+        except LoadError as error:  # then the next one takes nothing from it
+            _log.debug("nothing will be shared with %s: %s", draft.target, error)
+            return []
 
     # -- chunks -----------------------------------------------------------------------------------
 
@@ -298,12 +331,15 @@ class Writing:
         )
 
 
-def _by_file(records: Iterable[ChunkRecord]) -> dict[int, list[ChunkRecord]]:
-    """Return records by the number of the file that they are in."""
-    found: dict[int, list[ChunkRecord]] = {}
-    for record in records:
-        found.setdefault(record.file, []).append(record)
-    return found
+def _moved(record: ChunkRecord, file: int, offset: int) -> ChunkRecord:
+    return msgspec.structs.replace(record, file=file, offset=offset)
+
+
+def _in_linked(record: ChunkRecord, files: Sequence[FileRecord], own: int) -> ChunkRecord:
+    """Return the record of a chunk of an earlier checkpoint, in the files of this one."""
+    name = linked_file(0, record.file)
+    file = next(i for i in range(own, len(files)) if files[i].name == name)
+    return msgspec.structs.replace(record, file=file)
 
 
 def _record(frame: Frame, file: int, offset: int) -> ChunkRecord:

@@ -96,14 +96,14 @@ class Chunks:
         Raises:
             IntegrityError: it is not; values are unharmed, so only `verify` asks.
         """
+        frames: list[set[tuple[int, int]]] = [set() for _ in self._files]
+        for chunk in self.records:
+            frames[chunk.file].add((chunk.offset, chunk.length))
         for number, file in enumerate(self._files):
             if self.manifest.files[number].linked:
                 continue  # other checkpoints have frames there
-            frames = {
-                (chunk.offset, chunk.length) for chunk in self.records if chunk.file == number
-            }
             end = 0
-            for offset, length in [*sorted(frames), (file.nbytes, 0)]:
+            for offset, length in [*sorted(frames[number]), (file.nbytes, 0)]:
                 # a hole may be far longer than anybody wants to read
                 while (end := file.skip_hole(end)) < offset:
                     nbytes = min(offset - end, 1 << 20)

@@ -1,14 +1,16 @@
 """Apply: carry out a match, all or nothing.
 
 First all stored bytes are read and checked, into new tensors and memory kept for the purpose; then
-objects that load by themselves do so, and are put back if one refuses; only then live tensors are
-filled, and last plain values replaced.
+plain values are replaced, and objects that load by themselves do so, and all of that is put back if
+one refuses; only then live tensors are filled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +24,17 @@ from ..format.tree import Node, bulk_indices, has_typed
 from ..pages import Bytes
 from ..reading.checkpoint import Checkpoint, ChunkId
 from ..reading.fill import Fill
-from ..state.classes import as_live
+from ..state.classes import as_live, has_method
 from ..state.values import TORCH
 from .fills import fills_of, put
 from .live import Target
-from .match import Loading, Match, make_tuples, show
+from .match import Contents, Loading, Match, Place, make_tuples, show
 from .new import NewLeaves
 from .objects import load_objects
 from .tangle import Untangled, contradictions, untangle, value_of
 from .wish import Wish
+
+_log = logging.getLogger("asyncsave")
 
 
 def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
@@ -48,21 +52,51 @@ def apply(checkpoint: Checkpoint, match: Match, wish: Wish) -> int:
     bulk = new.values(torch.device("cpu"))
     _refuse_contradictions(checkpoint, untangled, bulk)
     values = _values(checkpoint, match, bulk)
-    states = [_state_for(each, bulk) for each in match.objects]
+    states = [_state_for(checkpoint, each, bulk) for each in match.objects]
     tuples = make_tuples(checkpoint.path, match, values)
     _synchronize(match.targets)  # what is queued for them must not come after the new values
-    load_objects(checkpoint.path, match, states, wish)
+    pairs = zip(match.edits, values, strict=True)
+    edits = [(edit.place, value, edit.name) for edit, value in pairs]
+    edits += [(place, new_tuple, "a tuple") for place, new_tuple in tuples]
+    with _edited(checkpoint, edits):
+        load_objects(checkpoint.path, match, states, wish)
     for target in itertools.chain.from_iterable(untangled.tangled):
         put(target, value_of(target, bulk))
     if fills:
         _fill(checkpoint, untangled.free, fills, kept)
     _synchronize(match.targets)
-    for edit, value in zip(match.edits, values, strict=True):
-        edit.place.put(value)
-    for place, new_tuple in tuples:
-        place.put(new_tuple)
     filled = [target.leaf for target in untangled.free if target.leaf is not None]
     return sum(leaf.nbytes for leaf in itertools.chain(filled, leaves))
+
+
+@contextlib.contextmanager
+def _edited(
+    checkpoint: Checkpoint, edits: Sequence[tuple[Place | Contents, Any, str]]
+) -> Iterator[None]:
+    """Put values in their places; on an error, here or meanwhile, put back what was there.
+
+    Raises:
+        MismatchError: a container refuses one.
+    """
+    done: list[tuple[Place | Contents, Any]] = []
+    try:
+        for place, value, name in edits:
+            try:
+                done.append((place, place.now()))
+                place.put(value)
+            except Exception as error:
+                raise MismatchError(
+                    f"{checkpoint.path} does not fit the state:",
+                    [f"{show(name)}: {type(place.container).__name__} refuses it: {error!r}"],
+                ) from error
+        yield
+    except BaseException:
+        for place, old in reversed(done):
+            try:
+                place.put_back(old)
+            except Exception as error:  # the others are put back all the same
+                _log.warning("restore: %s could not be put back: %r", type(old).__name__, error)
+        raise
 
 
 def _leaves_to_make(leaves: Sequence[Leaf], match: Match, untangled: Untangled) -> list[Leaf]:
@@ -111,11 +145,19 @@ def _values(checkpoint: Checkpoint, match: Match, bulk: Mapping[int, Any]) -> li
     return values
 
 
-def _state_for(each: Loading, bulk: Mapping[int, Any]) -> Any:
+def _state_for(checkpoint: Checkpoint, each: Loading, bulk: Mapping[int, Any]) -> Any:
     """Return what an object is to load, in which values are of the classes that it has now."""
     state = _built(each.node, bulk)
-    own = getattr(each.into, "state_dict", None)
-    return as_live(own(), state) if callable(own) and has_typed(each.node) else state
+    if not has_typed(each.node) or not has_method(each.into, "state_dict"):
+        return state
+    try:
+        return as_live(each.into.state_dict(), state)
+    except LoadError:
+        raise
+    except Exception as error:
+        kind = type(each.into).__name__
+        why = f"{show(each.name)}: the state that this {kind} has cannot be made of it: {error!r}"
+        raise MismatchError(f"{checkpoint.path} does not fit the state:", [why]) from error
 
 
 def _built(node: Node, bulk: Mapping[int, Any]) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..format.leaf import Leaf
+from ..state.classes import has_method
 from ..state.values import TORCH_DTYPES
 
 Bulk = Union[torch.Tensor, "np.ndarray[Any, Any]"]
@@ -66,7 +67,7 @@ def bare(into: Bulk) -> Bulk:
 
 def loads_itself(value: Any) -> bool:
     """Whether a live value is an object that has ``load_state_dict``."""
-    return callable(getattr(value, "load_state_dict", None)) and not isinstance(value, type)
+    return has_method(value, "load_state_dict")
 
 
 def refusal(into: Bulk) -> str | None:

@@ -8,6 +8,7 @@ carries them out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from ..state.classes import remade
 from .live import Target
 
 
+NOTHING = object()
+
+
 class Place(msgspec.Struct, frozen=True, gc=False):
     """Where a value is: a dict or a list, and its key there; a slice is all of a list."""
 
@@ -32,11 +36,33 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         """Put another value there."""
         self.container[self.key] = new
 
+    def now(self) -> Any:
+        """Return what is there, to be put back; ``NOTHING`` for nothing."""
+        try:
+            return self.container[self.key]
+        except KeyError:
+            return NOTHING
+
+    def put_back(self, old: Any) -> None:
+        """Put back what `now` returned."""
+        if old is NOTHING:
+            del self.container[self.key]
+        else:
+            self.put(old)
+
 
 class Contents(msgspec.Struct, frozen=True, gc=False):
     """All that is in a container: a set, a deque or a Counter."""
 
     container: Any
+
+    def now(self) -> Any:
+        """Return what is there, to be put back."""
+        return copy.copy(self.container)
+
+    def put_back(self, old: Any) -> None:
+        """Put back what `now` returned."""
+        self.put(old)
 
     def put(self, new: Any) -> None:
         """Put other contents there."""

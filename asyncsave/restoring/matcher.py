@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import StateError
 from ..format.leaf import Leaf
 from ..format.names import leaf_names, some
 from ..format.select import OMITTED, is_whole
@@ -25,10 +26,11 @@ from ..format.tree import (
     OrderedDictNode,
     TensorNode,
     TupleNode,
+    inside,
     key_name,
     unwrapped,
 )
-from ..state.classes import NAMESPACES, Fields, is_frozen, is_record, plain_key
+from ..state.classes import BY_TYPE, NAMESPACES, Fields, is_frozen, is_record, plain_key
 from .fits import fit_leaf, fit_number, kind_of_node
 from .hints import hints
 from .live import PLAIN_TENSORS, Bulk, Target, bare, can_cast, dtype_name, loads_itself, refusal
@@ -93,7 +95,9 @@ class _Matcher:
             return
         if node is OMITTED:
             return
-        if loads_itself(into):
+        if type(into) in BY_TYPE:
+            self._match.edits.append(Edit(place, node, name, into))
+        elif loads_itself(into):
             self._object(into, node.of if isinstance(node, ObjectNode) else node, name)
         elif isinstance(into, (torch.Tensor, np.ndarray)):
             self._array_or_tensor(into, node, name)
@@ -103,7 +107,11 @@ class _Matcher:
             self._container(into, node, name, place)
 
     def _array_or_tensor(self, into: Bulk, node: Node, name: str) -> None:
-        made = parts_of(into)
+        try:
+            made = parts_of(into)
+        except (ValueError, StateError) as error:
+            self._match.reasons.append(f"{show(name)}: the state has what cannot be saved: {error}")
+            return
         if made is None:
             inner = unwrapped(node)
             # of what is made of others, the name of its type says more than that of its record
@@ -119,13 +127,17 @@ class _Matcher:
 
     def _container(self, into: Any, node: Node, name: str, place: Place) -> None:
         """Match what holds other values."""
-        bare_node = unwrapped(node)
+        bare_node = inside(node)
         if isinstance(into, GENERATORS):
             if isinstance(node, MadeNode) and node.type == kind_name(into):
                 self._match.objects.append(Loading(Adopting(into), name, node))
             else:
                 self._differs(into, node, name)
-        elif isinstance(into, (set, collections.Counter, bytearray)):
+        elif isinstance(into, bytearray):
+            self._bytearray(into, node, name, place)
+        elif isinstance(into, set) or (
+            isinstance(into, collections.Counter) and self._wish.patterns is None
+        ):
             self._contents(into, node, name)
         elif isinstance(into, dict):
             self._dict(into, bare_node, name)
@@ -143,17 +155,27 @@ class _Matcher:
 
     def _contents(self, into: Any, node: Node, name: str) -> None:
         """Match what takes all that was saved in its place."""
-        if isinstance(into, bytearray):
-            fits = isinstance(node, (BytesNode, TensorNode)) or is_kind(node, "bytearray")
-        elif isinstance(into, set):
+        if isinstance(into, set):
             fits = is_kind(node, "set", "frozenset")
         else:
-            fits = isinstance(unwrapped(node), (DictNode, OrderedDictNode)) and is_whole(node)
-        if not fits:
+            fits = isinstance(inside(node), (DictNode, OrderedDictNode)) and is_whole(node)
+        if fits:
+            self._match.edits.append(Edit(Contents(into), node, name, into))
+        else:
+            self._differs(into, node, name)
+
+    def _bytearray(self, into: bytearray, node: Node, name: str, place: Place) -> None:
+        """Match bytes; of another length they are another bytearray, as others may see into one."""
+        of = inside(node)
+        length = len(of.data) if isinstance(of, BytesNode) else -1
+        if isinstance(of, TensorNode) and self._leaves[of.i].kind == "bytes":
+            length = self._leaves[of.i].shape[0]
+        if length < 0:
             self._differs(into, node, name)
             return
-        place = Place(into, slice(None)) if isinstance(into, bytearray) else Contents(into)
-        self._match.edits.append(Edit(place, node, name, into))
+        same = length == len(into)
+        where = Place(into, slice(None)) if same else place
+        self._match.edits.append(Edit(where, MadeNode("bytearray", of), name, into))
 
     def _frozen(self, into: Any, node: Node, name: str, place: Place) -> None:
         """Match a dataclass that cannot be changed: as a tuple, it is replaced."""
@@ -243,7 +265,7 @@ class _Matcher:
     # -- lists and tuples -----------------------------------------------------------------------
 
     def _sequence(self, into: Any, node: Node, name: str, place: Place) -> None:
-        items: Any = unwrapped(node)
+        items: Any = inside(node)
         whole = self._whole_place(into, items, place)
         if whole is not None:
             self._match.edits.append(Edit(whole, node, name, into))
@@ -274,7 +296,8 @@ class _Matcher:
         if isinstance(into, list):
             return Place(into, slice(None)) if is_plain or not into else None
         if isinstance(into, collections.deque):
-            return Contents(into) if is_plain or len(into) != len(node.items) else None
+            is_other = len(into) != len(node.items) and is_whole(node)
+            return Contents(into) if is_plain or is_other else None
         return place if is_plain and len(into) != len(node.items) else None
 
     def _items(self, into: Sequence[Any], items: Any, nodes: list[Node], name: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..format.build import build_keys
+from ..errors import LoadError
+from ..format.build import IMPOSSIBLE, build_keys
 from ..format.tree import DictNode, Node, OrderedDictNode
 from ..state.values import TORCH
 
@@ -114,7 +115,15 @@ def entries(node: Node) -> dict[Any, Node]:
     """Return what a dict's record holds, by key; nothing for other records."""
     if not isinstance(node, _DICTS):
         return {}
-    return dict(zip(build_keys(node.keys, TORCH), node.values, strict=True))
+    try:
+        made = dict(zip(build_keys(node.keys, TORCH), node.values, strict=True))
+    except IMPOSSIBLE as cause:
+        if isinstance(cause, LoadError):
+            raise
+        raise LoadError(f"the checkpoint has a dict with a key that is none: {cause}") from cause
+    if len(made) < len(node.keys):
+        raise LoadError("the checkpoint has a dict with keys that are the same here")
+    return made
 
 
 def paired(into: torch.nn.Module, node: Node) -> tuple[torch.nn.Module, Any, Node]:

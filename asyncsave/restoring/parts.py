@@ -197,6 +197,11 @@ def _take_bits(own: Any, state: Any) -> None:
 
 def _take_rows(into: Any, new: Any) -> None:
     pairs = [(into.offsets(), new.offsets()), (into.lengths(), new.lengths())]
+    if into._ragged_idx != new._ragged_idx:
+        raise ValueError(
+            f"saved with rows that differ in dimension {new._ragged_idx}, the state's do in "
+            f"{into._ragged_idx}"
+        )
     if into.shape[0] != new.shape[0] or not all(_equal(*pair) for pair in pairs):
         raise ValueError("saved with rows of other lengths than the state has")
     if into.values().shape != new.values().shape or into.dtype != new.dtype:

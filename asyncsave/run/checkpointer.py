@@ -385,9 +385,9 @@ class Checkpointer(Session):
     ) -> SaveHandle | None:
         """Begin a save of the run; None if one is in flight, and this one is skipped."""
         began = time.perf_counter()
-        notes = Notes.of(metrics, metadata, files)
         if not self._saves.is_free(wait=wait):
             return None
+        notes = Notes.of(metrics, metadata, files)
         self._saves.note_uncertain(self._run.put)
         return self._saves.begin(state, self._run.next(step, notes), began)
 

@@ -220,7 +220,8 @@ class RunDirectory:
         place = self.place / step_name(position.step)
         with Checkpoint.open(place) as checkpoint:
             manifest = checkpoint.chunks[0].manifest
-            return Base.of(place, manifest.files, manifest.chunks)
+            identities = [(place / file.name).identity() for file in manifest.files]
+            return Base.of(place, manifest.files, identities, manifest.chunks)
 
     def _begin(self, step: int, history: History) -> None:
         """Find out what the first save goes on from, in a directory that has checkpoints."""

@@ -13,6 +13,7 @@ import collections
 import copy
 import dataclasses
 import enum
+import functools
 import types
 from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ def register(
         raise ConfigError(
             f"register: {type.__qualname__} is not a class of your own; wrap it in one that is"
         )
+    if any(each.__module__.startswith("torch.nn.") for each in type.__mro__):
+        raise ConfigError(f"register: {type.__qualname__} is a module, which has state_dict()")
     if not callable(to_plain) or not callable(from_plain):
         raise ConfigError("register: to_plain and from_plain must be functions")
     name = class_name(type) if name is None else name
@@ -109,13 +112,20 @@ def _from_plain(known: Registered, plain: Any) -> Any:
 
 # -- plain data of classes that nobody has registered --------------------------------------------
 
+
+def _items(value: Any) -> Any:
+    kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    return kind.items(value)
+
+
 _EXACT: dict[type, Callable[[Any], Any]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
-    dict: dict,
-    list: list,
-    tuple: tuple,
+    # what is in them, whatever their own methods say
+    dict: lambda value: dict(_items(value)),
+    list: lambda value: list(list.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
 }
 
 _SEQUENCES = (list, tuple, collections.deque)
@@ -153,13 +163,19 @@ def plain_form(value: Any) -> Any:
     if isinstance(value, NAMESPACES):
         return dict(vars(value))
     names = [field.name for field in dataclasses.fields(value)]
+    for name, beside in vars_of(value).items():
+        if name not in names and hasattr(beside, "__array__"):
+            raise ValueError(
+                f"its attribute {name!r} is no field, and would be lost; make it one, or say with "
+                "asyncsave.register() how it is saved"
+            )
     if lacking := [name for name in names if not hasattr(value, name)]:
         raise ValueError(f"its field {lacking[0]!r} has no value")
     return {name: getattr(value, name) for name in names}
 
 
 def _refuse_attributes(value: Any) -> None:
-    own = getattr(value, "__dict__", {})
+    own = vars_of(value)
     items = value if isinstance(value, dict) else {}
     beside = [name for name in own if name not in items or items[name] is not own[name]]
     if beside:
@@ -198,10 +214,37 @@ class Fields(MutableMapping[str, Any]):
         return len(self._names)
 
 
+def vars_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that its class did not make, slots included."""
+    own = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                own[name] = getattr(value, name)
+    return own
+
+
+def has_method(value: Any, name: str) -> bool:
+    """Whether a value, which is no class, has a method; of a dict, items are none."""
+    if isinstance(value, type):
+        return False
+    try:
+        return callable(getattr(type(value) if isinstance(value, dict) else value, name, None))
+    except Exception:  # of a class that makes attributes
+        return False
+
+
 def plain_key(key: Any) -> Any:
     """Return what a key of a live dict is in a checkpoint, where that is another value."""
     if isinstance(key, enum.Enum):
         return plain_key(key.value)
+    if isinstance(key, tuple):
+        made: Any = type(key) if hasattr(key, "_fields") else None
+        items = [plain_key(item) for item in key]
+        return made(*items) if made else tuple(items)
+    if isinstance(key, frozenset):
+        return frozenset(map(plain_key, key))
     return key
 
 
@@ -229,7 +272,12 @@ def remade(live: Any, fields: dict[str, Any]) -> Any:
     Made without its ``__init__``, which may take others.
     """
     made = object.__new__(type(live))
-    for name, value in {**getattr(live, "__dict__", {}), **fields}.items():
+    own = {
+        name: value
+        for name, value in vars_of(live).items()
+        if not isinstance(getattr(type(live), name, None), functools.cached_property)
+    }
+    for name, value in {**own, **fields}.items():
         object.__setattr__(made, name, value)
     return made
 
@@ -245,12 +293,15 @@ def _dict_as_live(live: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:
     made = new if is_plain else copy.copy(live)
     made.clear()
     made.update(items)
+    if isinstance(live, collections.defaultdict) and isinstance(made, collections.defaultdict):
+        made.default_factory = live.default_factory  # code, of which no more than a name is saved
     return made
 
 
 def _sequence_as_live(live: Any, new: Any) -> Any:
     items = [as_live(*pair) for pair in zip(live, new, strict=False)]
-    items += list(new)[len(items) :]
+    one = _only_enum(live)
+    items += [item if one is None else _enum_as_live(one, item) for item in list(new)[len(items) :]]
     if isinstance(new, collections.deque):
         return collections.deque(items, new.maxlen)
     kind: Any = type(live) if type(new) in (list, tuple) else type(new)
@@ -258,21 +309,51 @@ def _sequence_as_live(live: Any, new: Any) -> Any:
 
 
 def _set_as_live(live: Any, new: Any) -> Any:
+    own = {plain_key(item): item for item in live}
+    one = _only_enum(live)
+    return type(new)(
+        own[item] if item in own else item if one is None else _enum_as_live(one, item)
+        for item in new
+    )
+
+
+def _only_enum(live: Any) -> Any:
+    """Return a member of the enum that all items are of; None: there is none."""
     kinds = set(map(type, live))
-    kind: Any = kinds.pop() if len(kinds) == 1 else None
-    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
-    return type(new)(map(kind, new)) if is_enum else new
+    return next(iter(live)) if len(kinds) == 1 and issubclass(kinds.pop(), enum.Enum) else None
 
 
 def _enum_as_live(live: Any, new: Any) -> Any:
-    return new if new is None or type(new) is type(live) else type(live)(new)
+    kind: Any = type(live)
+    if type(new) is kind:
+        return new
+    try:
+        return kind(new)
+    except Exception:
+        for member in kind:  # values that are not plain themselves, or not equal to themselves
+            if repr(_plainly(member.value)) == repr(new):
+                return member
+        if new is None:
+            return None
+        raise
+
+
+def _plainly(value: Any) -> Any:
+    """Return a value as it is loaded where no class is registered."""
+    if has_plain_form(value):
+        return _plainly(plain_form(value))
+    if isinstance(value, dict):
+        return {plain_key(key): _plainly(item) for key, item in value.items()}
+    return type(value)(map(_plainly, value)) if type(value) in (list, tuple) else value
 
 
 def _plain_as_live(live: Any, new: Any) -> Any:
     """Return a number or a text as one of a subclass; a bool is none that anybody has made."""
     kind: Any = type(live)
-    is_own = kind not in (str, int, float, bool)
-    return kind(new) if is_own and type(new) in kind.__mro__ else new
+    if kind in (str, int, float, bool) or type(new) not in kind.__mro__:
+        return new
+    base: Any = type(new)
+    return base.__new__(kind, new)  # whatever the class would make of it
 
 
 def _namespace_as_live(live: Any, new: Any) -> Any:

@@ -38,11 +38,12 @@ from ..format.tree import (
     TensorNode,
     TupleNode,
     TypedNode,
+    has_typed,
     is_key,
     key_name,
     numpy_scalar,
 )
-from .classes import BY_TYPE, class_name, has_plain_form, plain_form
+from .classes import BY_TYPE, class_name, has_method, has_plain_form, plain_form, vars_of
 from .kinds import Parts, is_wrapper, plain_memory, tensor_parts, wrapper_parts
 from .late import frozen, late_copies
 from .literals import LITERALS
@@ -139,7 +140,7 @@ class _Flattener:
             return self._subclass(value, name, depth)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._namedtuple(value, name, depth)
-        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
+        if has_method(value, "state_dict"):
             return self._object(value, name, depth)
         if has_plain_form(value):
             return self._typed(class_name(type(value)), plain_form, value, name, depth)
@@ -166,6 +167,9 @@ class _Flattener:
         metadata = getattr(value, "_metadata", None)
         if metadata is not None:
             metadata = self.node(metadata, f"{name}._metadata", depth + 1)
+        if beside := vars_of(value).keys() - {"_metadata"}:
+            hint = f"it has attributes, as {min(beside)!r}, which would be lost"
+            return self._refuse(name, type_name(value), hint)
         return OrderedDictNode(keys, values, metadata)
 
     def _entries(
@@ -173,7 +177,7 @@ class _Flattener:
     ) -> tuple[list[Node], list[Node]]:
         self._check_depth(name, depth)
         prefix = f"{name}." if name else ""
-        exact = self._exact
+        exact, before = self._exact, len(self.problems)
         texts = True
         keys: list[Node] = []
         values: list[Node] = []
@@ -187,8 +191,8 @@ class _Flattener:
                 child = prefix + key_name(keys[-1])
             handler = exact.get(type(item), self.node)  # the hot loop of states with many leaves
             values.append(handler(item, child, depth + 1))
-        if not texts:
-            self._check_keys(value, keys, name)
+        if not texts and len(self.problems) == before:
+            self._check_keys(keys, name, type_name(value))
         return keys, values
 
     def _key(self, key: Any, prefix: str, depth: int) -> Node:
@@ -202,21 +206,22 @@ class _Flattener:
             )
         return node
 
-    def _check_keys(self, value: dict[Any, Any], keys: list[Node], name: str) -> None:
-        """Refuse what validate.py would: looking such keys up takes quadratic time."""
-        if len(keys) > MAX_ONE_HASH and (many := one_hash(value)):
-            count, most = many
+    def _check_keys(self, nodes: list[Node], name: str, kind: str) -> None:
+        """Refuse keys, or items, of a dict or set that a reader would.
+
+        Those that have one hash: looking them up takes quadratic time. And those that are the same
+        as plain data.
+        """
+        plain = build_keys(nodes, NAMES)
+        if len(nodes) > MAX_ONE_HASH and (many := one_hash(plain)):
             hint = (
-                f"{count} of its keys have the same hash, {most}, and no more than {MAX_ONE_HASH} "
-                "may; save it as a list of pairs, list(value.items())"
+                f"{many[0]} of its keys or items have the same hash, {many[1]}, and no more than "
+                f"{MAX_ONE_HASH} may; save it as a list, list(value.items()) say"
             )
-            self._refuse(name, type_name(value), hint)
-        are_known = keys.count(None) == (None in value)  # None is there for what is refused
-        if are_known and any(isinstance(key, TypedNode) for key in keys):
-            plain = build_keys(keys, NAMES)
-            if len(set(plain)) < len(plain):
-                hint = "two of its keys are the same as plain data; save it as a list of pairs"
-                self._refuse(name, type_name(value), hint)
+            self._refuse(name, kind, hint)
+        elif any(map(has_typed, nodes)) and len(set(plain)) < len(plain):
+            hint = "two of its keys or items are the same as plain data; save it as a list"
+            self._refuse(name, kind, hint)
 
     def _namedtuple(self, value: Any, name: str, depth: int) -> Node:
         try:
@@ -227,6 +232,9 @@ class _Flattener:
                 "value._asdict()"
             )
             return self._refuse(name, type_name(value), hint, cause)
+        if vars_of(value):
+            hint = f"it has attributes, as {next(iter(vars_of(value)))!r}, which would be lost"
+            return self._refuse(name, type_name(value), hint)
         items = self._items(value, name, depth)
         return NamedTupleNode(type(value).__name__, list(value._fields), items)
 
@@ -253,13 +261,15 @@ class _Flattener:
 
     def _plain(self, row: Plain) -> Callable[[Any, str, int], Node]:
         def node(value: Any, name: str, depth: int) -> Node:
+            before = len(self.problems)
             of = self._part(row.apart, value, name, depth)
+            if len(self.problems) > before:
+                return None
             if not is_key(of):
                 hint = "it holds what is no plain value; use a list in its place"
                 return self._refuse(name, type_name(value), hint)
-            if isinstance(value, (set, frozenset)) and (many := one_hash(value)):
-                hint = f"{many[0]} of its items have the same hash; save it as a list"
-                return self._refuse(name, type_name(value), hint)
+            if isinstance(of, TupleNode) and isinstance(value, (set, frozenset)):
+                self._check_keys(of.items, name, type_name(value))
             return PlainNode(row.name, of)
 
         return node

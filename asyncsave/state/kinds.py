@@ -126,7 +126,7 @@ def plain_memory(value: torch.Tensor) -> torch.Tensor | None:
     if (
         own.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or torch.nn.parameter.is_lazy(value)
-        or vars(value)
+        or vars(value).keys() - {"_is_param"}
     ):
         return None
     bare = value.detach().as_subclass(torch.Tensor)
@@ -175,7 +175,7 @@ def _generator(of: Any) -> torch.Generator:
             f"the checkpoint has a torch.Generator of the device {of['device']}, which is not "
             "here; load without it, with keys="
         ) from cause
-    made.set_state(_tensor(of["state"]))
+    made.set_state(_tensor(of["state"]).cpu())
     return made
 
 

@@ -4,10 +4,13 @@ frozen. Pure.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+_log = logging.getLogger("asyncsave")
 
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -47,36 +50,44 @@ def late_copies(
 def frozen(values: Sequence[Any], objects: Sequence[Any]) -> list[bool]:
     """Return for each leaf whether it is not expected to change from one checkpoint to the next.
 
-    So are the parameters of live modules that need no gradient, or that no optimizer of the state
-    has, if there is one. It is no more than a guess: what is saved is told by its bytes.
+    So are the parameters of live modules that need no gradient; and those that no optimizer of the
+    state has, of modules some of whose parameters one has. (An average has parameters of its own,
+    and no optimizer.) It is no more than a guess: what is saved is told by its bytes.
     """
-    modules = [each for each in objects if isinstance(each, torch.nn.Module)]
-    optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
-    held = {
-        id(tensor)
-        for each in optimizers
-        for group in each.param_groups
-        for tensor in group["params"]
-    }
-    places = {
-        tensor.data_ptr()
-        for each in modules
-        for tensor in each.parameters()
-        if type(tensor) in _PLAIN_TENSORS
-        and not (tensor.requires_grad and (not optimizers or id(tensor) in held))
-    }
+    try:
+        places = set(_frozen_places(objects))
+    except Exception as error:  # modules and optimizers may be anybody's
+        _log.debug("which parameters are frozen is not known: %s", error)
+        places = set()
     if not places:
         return [False] * len(values)
-    places.discard(0)
-    return [type(value) in _PLAIN_TENSORS and value.data_ptr() in places for value in values]
+    return [_is_plain(value) and value.data_ptr() in places for value in values]
+
+
+def _frozen_places(objects: Sequence[Any]) -> Iterator[int]:
+    optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
+    groups = [group for each in optimizers for group in each.param_groups]
+    held = {id(tensor) for group in groups for tensor in group["params"]}
+    for module in objects:
+        if isinstance(module, torch.nn.Module):
+            tensors = list(module.parameters())
+            is_trained = any(id(tensor) in held for tensor in tensors)
+            for tensor in tensors:
+                is_still = not tensor.requires_grad or (is_trained and id(tensor) not in held)
+                if is_still and _is_plain(tensor) and tensor.data_ptr():
+                    yield tensor.data_ptr()
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN_TENSORS and value.layout is torch.strided
 
 
 def _stepped(each: Any) -> Iterator[torch.Tensor]:
     """Yield what only ``optimizer.step()`` changes of an object."""
     if isinstance(each, torch.nn.Module):
-        yield from (tensor for tensor in each.parameters() if type(tensor) in _PLAIN_TENSORS)
+        yield from (tensor for tensor in each.parameters() if _is_plain(tensor))
     elif isinstance(each, torch.optim.Optimizer):
         for state in each.state.values():
             for value in state.values():
-                if type(value) in _PLAIN_TENSORS:
+                if _is_plain(value):
                     yield value

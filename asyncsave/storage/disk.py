@@ -69,6 +69,9 @@ class Readable(Protocol):
     def exists(self, path: Path) -> bool:
         """Whether there is anything, a broken link included; OSError where that cannot be told."""
 
+    def identity(self, path: Path) -> tuple[int, ...] | None:
+        """Return what tells a regular file, as it is now, from any other; None: there is none."""
+
     def open(self, path: Path) -> ReadableFile:
         """Open a regular file for reading; links, pipes and devices are refused."""
 
@@ -84,7 +87,13 @@ class Disk(Readable, Protocol):
         """Make a new small file with these bytes, and sync it."""
 
     def link(self, source: Path, target: Path, *, sync: bool) -> None:
-        """Give a file a second name, and sync it; FileExistsError if there is something."""
+        """Give a file a second name, and sync it; FileExistsError if there is something.
+
+        Where it raises, there is no second name.
+        """
+
+    def remove_file(self, path: Path) -> None:
+        """Remove one name of a file."""
 
     def sync_directory(self, path: Path) -> None:
         """DURABILITY: on return the directory's entries are on the device."""

@@ -4,7 +4,8 @@ The order is the promise, each step only after the one before has returned:
 
     begin     a hidden directory, locked; its data file
     append    frames, one after the other, each on pages of its own
-    seal      data synced → sidecars synced → rank manifest synced
+    end_data  data synced
+    seal      sidecars synced → rank manifest synced
     publish   checkpoint.json synced → directory synced → rename → parent synced
 
 and only then it is reported durable, and older checkpoints may be pruned.
@@ -22,17 +23,23 @@ import errno
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from functools import partial
 from typing import Any, Self, TypeVar
 
-from ..errors import BusyError, CheckpointExistsError, CommitError, WriteError, looking
+from ..errors import (
+    BusyError,
+    CheckpointExistsError,
+    CommitError,
+    LoadError,
+    WriteError,
+    looking,
+)
 from ..format.files import CHECKPOINT_FILE, MAX_BYTES, data_file, linked_file, rank_file
 from ..format.records import FileRecord
 from .disk import Lock
 from .files import NewFile
-from .place import Place
+from .place import Identity, Place
 
 _log = logging.getLogger("asyncsave")
 _T = TypeVar("_T")
@@ -119,8 +126,9 @@ class Draft:
         self._scratch: Scratch | None = None
         self._was_there = False  # whether something was at the target when this began
         self._max_file_bytes = max_file_bytes
-        self._files: list[NewFile] = []  # those that it writes
-        self._names: list[FileRecord] = []  # of those that are linked
+        self._file: NewFile | None = None  # the one that it writes
+        self._own: list[FileRecord] = []  # those that it has written
+        self._linked: dict[int, FileRecord] = {}  # by the number in their names
 
     async def __aenter__(self) -> Self:
         """Make the directory and its data file.
@@ -144,58 +152,60 @@ class Draft:
 
     async def append(self, frames: memoryview) -> tuple[int, int]:
         """Write a whole number of pages; return the file's number, and where they begin in it."""
-        file = self._files[-1]
-        if file.nbytes and file.nbytes + frames.nbytes > self._max_file_bytes:
+        assert self._file is not None
+        if self._file.nbytes and self._file.nbytes + frames.nbytes > self._max_file_bytes:
+            await self._end_file()
             await self._begin_file()
-            file = self._files[-1]
+        file = self._file
         offset, begun = file.nbytes, time.perf_counter()
         await file.append(frames)
         self.write_seconds += time.perf_counter() - begun
         self.nbytes += file.nbytes - offset
-        return len(self._files) - 1, offset
-
-    async def link(self, file: Place, length: int) -> int | None:
-        """Give a data file of an earlier checkpoint a name in this one.
-
-        Returns:
-            Its number among those that are linked; None where it cannot have another name.
-        """
-        assert self._scratch is not None
-        if file.disk is not self._scratch.place.disk:
-            return None
-        number = len(self._names)
-        name = linked_file(0, number)
-        target = self._scratch.place / name
-        if not await self._call(partial(file.link, target, sync=self._durable)):
-            return None
-        self._names.append(FileRecord(name=name, length=length, linked=True))
-        return number
-
-    @property
-    def own_files(self) -> int:
-        """How many data files it has written."""
-        return len(self._files)
-
-    def records(self) -> list[FileRecord]:
-        """Return the records of its data files: its own, then those that are linked."""
-        own = [
-            FileRecord(name=data_file(0, i), length=file.nbytes)
-            for i, file in enumerate(self._files)
-        ]
-        return own + self._names
+        return len(self._own), offset
 
     async def seal(self, rank_manifest: bytes, sidecars: Mapping[str, bytes]) -> None:
         """Write what is beside, and end this rank: only ``checkpoint.json`` is missing then."""
-        if self._durable:
-            begun = time.perf_counter()
-            for file in self._files:
-                await file.sync()  # DURABILITY: every frame
-            self.sync_seconds = time.perf_counter() - begun
-        while self._files:
-            await self._files.pop().close()
         for name, data in sidecars.items():
             await self._call(self._write, name, data)
         await self._call(self._write, rank_file(0), rank_manifest)
+
+    @property
+    def own_files(self) -> int:
+        """How many data files it writes or has written."""
+        return len(self._own) + 1
+
+    # -- files of an earlier checkpoint --------------------------------------------------------
+
+    async def link(self, files: Sequence[tuple[Place, FileRecord, Identity]]) -> dict[int, int]:
+        """Give data files of an earlier checkpoint names in this one.
+
+        Returns:
+            Which of them have one, and the number in it. The others cannot have one, or are not
+            what they were.
+        """
+        return await self._call(self._link, files)
+
+    def linked(self, number: int) -> Place:
+        """Return where such a file is."""
+        assert self._scratch is not None
+        return self._scratch.place / self._linked[number].name
+
+    async def keep(self, numbers: Collection[int]) -> None:
+        """Take the names of all other files away again."""
+        for number in self._linked.keys() - set(numbers):
+            await self._call(self.linked(number).remove_file)
+            del self._linked[number]
+
+    async def end_data(self) -> list[FileRecord]:
+        """Sync and close its data files; return the records of all: own ones, then linked ones."""
+        await self._end_file()
+        return self._own + [self._linked[number] for number in sorted(self._linked)]
+
+    async def identities(self, files: Sequence[FileRecord]) -> list[Identity]:
+        """Return what tells data files from others that might have their names."""
+        assert self._scratch is not None
+        place = self._scratch.place
+        return await self._call(lambda: [(place / each.name).identity() for each in files])
 
     async def publish(self, record: bytes, *, replace: bool) -> None:
         """Write ``checkpoint.json`` and give the directory its name.
@@ -209,6 +219,25 @@ class Draft:
         await self._call(self._publish, record, replace)
 
     # -- io threads -----------------------------------------------------------------------------
+
+    def _link(self, files: Sequence[tuple[Place, FileRecord, Identity]]) -> dict[int, int]:
+        assert self._scratch is not None
+        found = {}
+        for number, (file, record, identity) in enumerate(files):
+            target = self._scratch.place / linked_file(0, number)
+            if file.disk is not target.disk or identity is None:
+                continue
+            try:
+                file.link(target, sync=self._durable)
+                if target.identity() != identity:
+                    target.remove_file()
+                    continue
+            except (WriteError, LoadError) as error:
+                _log.debug("%s is written anew: %s", record.name, error)
+                continue
+            self._linked[number] = FileRecord(name=target.name, length=record.length, linked=True)
+            found[number] = number
+        return found
 
     def _write(self, name: str, data: bytes) -> None:
         assert self._scratch is not None
@@ -264,13 +293,26 @@ class Draft:
 
     async def _begin_file(self) -> None:
         assert self._scratch is not None
-        name = data_file(0, len(self._files))
-        self._files.append(await (self._scratch.place / name).create(self._io))
+        name = data_file(0, len(self._own))
+        self._file = await (self._scratch.place / name).create(self._io)
+
+    async def _end_file(self) -> None:
+        file = self._file
+        assert file is not None
+        if self._durable:
+            begun = time.perf_counter()
+            await file.sync()  # DURABILITY: every frame
+            self.sync_seconds += time.perf_counter() - begun
+        self._file = None
+        await file.close()
+        name = data_file(0, len(self._own))
+        self._own.append(FileRecord(name=name, length=file.nbytes))
 
     async def _undo(self) -> None:
-        while self._files:
+        file, self._file = self._file, None
+        if file is not None:
             with contextlib.suppress(WriteError):
-                await self._files.pop().close()
+                await file.close()
         if self._scratch is not None:
             await self._call(self._scratch.remove)
 

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import weakref
 from concurrent.futures import Executor
 from pathlib import Path
@@ -51,12 +52,20 @@ class LocalDisk:
 
     def link(self, source: Path, target: Path, *, sync: bool) -> None:
         os.link(source, target, follow_symlinks=False)
-        if sync:  # it may have been written by a process that did not
+        if not sync:
+            return
+        try:  # it may have been written by a process that did not
             descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        except BaseException:
+            os.unlink(target)
+            raise
+
+    def remove_file(self, path: Path) -> None:
+        os.unlink(path)
 
     def sync_directory(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -98,6 +107,16 @@ class LocalDisk:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+    def identity(self, path: Path) -> tuple[int, ...] | None:
+        try:
+            about = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(about.st_mode):
+            return None
+        # not the time of its last change of any kind, which a second name is
+        return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
     def open(self, path: Path) -> ReadableFile:
         return LocalReadable(path)

@@ -32,11 +32,8 @@ _NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP
 """Why a directory that was there before may not be synced, or cannot."""
 
 
-_NO_LINK = {
-    *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOENT, errno.ENOTDIR),
-    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
-}
-"""Why a file gets no second name: the system has none to give, or the first one is gone."""
+Identity = tuple[int, ...] | None
+"""What tells a file from another one of its name; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +79,11 @@ class Place:
         """Return how much can still be written on the disk of a directory."""
         with self._looking():
             return self.disk.free_bytes(self.path)
+
+    def identity(self) -> Identity:
+        """Return what tells a regular file, as it is now, from any other; None: there is none."""
+        with self._looking():
+            return self.disk.identity(self.path)
 
     def names(self) -> list[str]:
         """Return the names in a directory, sorted; [] where there is no directory."""
@@ -152,16 +154,15 @@ class Place:
         with asking("write", self.path):
             self.disk.write_file(self.path, data, sync=sync)
 
-    def link(self, target: Place, *, sync: bool) -> bool:
-        """Give a file a second name, synced; False where that cannot be done."""
+    def link(self, target: Place, *, sync: bool) -> None:
+        """Give a file a second name, synced; where it raises, there is none."""
         with asking("link", target.path):
-            try:
-                self.disk.link(self.path, target.path, sync=sync)
-            except OSError as refused:
-                if refused.errno not in _NO_LINK:
-                    raise
-                return False
-            return True
+            self.disk.link(self.path, target.path, sync=sync)
+
+    def remove_file(self) -> None:
+        """Remove one name of a file."""
+        with asking("remove", self.path):
+            self.disk.remove_file(self.path)
 
     def sync(self) -> None:
         """DURABILITY: on return the directory's entries are on the device."""

@@ -78,6 +78,10 @@ class CrashDisk(WrappedDisk):
         if sync:
             self.log.add("sync", path)
 
+    def remove_file(self, path: Path) -> None:
+        super().remove_file(path)
+        self.log.add("remove", path)
+
     def link(self, source: Path, target: Path, *, sync: bool) -> None:
         super().link(source, target, sync=sync)
         self.log.add("link", source, target)

@@ -44,6 +44,12 @@ class WrappedDisk:
     def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
         self.inner.write_file(path, data, sync=sync)
 
+    def identity(self, path: Path) -> tuple[int, ...] | None:
+        return self.inner.identity(path)
+
+    def remove_file(self, path: Path) -> None:
+        self.inner.remove_file(path)
+
     def link(self, source: Path, target: Path, *, sync: bool) -> None:
         self.inner.link(source, target, sync=sync)
 

@@ -115,6 +115,14 @@ class FaultDisk(WrappedDisk):
             data = bytes(flipped)
         super().write_file(path, data, sync=sync)
 
+    def identity(self, path: Path) -> tuple[int, ...] | None:
+        self.faults.meet("identity", path)
+        return super().identity(path)
+
+    def remove_file(self, path: Path) -> None:
+        self.faults.meet("remove_file", path)
+        super().remove_file(path)
+
     def link(self, source: Path, target: Path, *, sync: bool) -> None:
         self.faults.meet("link", target)
         super().link(source, target, sync=sync)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,46 @@ def test_what_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for files in ({"a": tmp_path / "long"}, {"a": bytes(1 << 19), "b": bytes((1 << 19) + 1)}):
         with pytest.raises(asyncsave.ConfigError, match="longer than 1 MiB"):
             asyncsave.save(STATE, tmp_path / "a", files=files)
+
+
+def test_files_without_a_length(tmp_path: Path) -> None:
+    asyncsave.save(STATE, tmp_path / "a", files={"version": "/proc/version"}).result()
+    assert (tmp_path / "a" / "version").read_bytes() == Path("/proc/version").read_bytes() != b""
+
+
+def test_special_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path / "loop", tmp_path):
+        with pytest.raises(asyncsave.ConfigError, match="cannot be read"):
+            asyncsave.save(STATE, tmp_path / "a", files={"x": path})
+
+
+def test_a_file_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"1")
+    real, reads = os.fstat, []
+
+    def fstat(descriptor: int) -> Any:
+        reads.append(descriptor)
+        with path.open("ab") as file:
+            file.write(b"x" * len(reads))
+        return real(descriptor)
+
+    monkeypatch.setattr(sidecars.os, "fstat", fstat)
+    with pytest.raises(asyncsave.ConfigError, match="is changed while it is read"):
+        asyncsave.save(STATE, tmp_path / "a", files={"log": path})
+
+
+def test_the_bytes_are_let_go_of(tmp_path: Path) -> None:
+    data = b"x" * 5_000_000
+    with asyncsave.Saver() as saver:
+        report = saver.save(STATE, tmp_path / "a", files={"x": data}).result()
+        assert report.peak_memory_bytes >= 5_000_000
+        before = sys.getrefcount(data)
+        saver.save(STATE, tmp_path / "b", files={"x": data}).result()
+        saver.wait()
+        assert sys.getrefcount(data) == before
 
 
 @pytest.mark.parametrize("damage", ["gone", "longer", "shorter", "a bit", "a link"])
