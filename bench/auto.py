@@ -81,7 +81,7 @@ class ThrottledDisk(LocalDisk):
 def measure(disk: LocalDisk, way: str, state: Any, directory: Path) -> Iterator[dict[str, Any]]:
     """Save twice with a new saver; yield what each save took and made."""
     names = ("durable_seconds", "stored_bytes", "chunks", "encoded_chunks")
-    with asyncsave.Saver(compression=WAYS[way]) as saver:
+    with asyncsave.Saver(compression=WAYS[way], reuse="off") as saver:
         for ordinal in ORDINALS:
             path = directory / ordinal
             report = saver.save(state, Place(path, disk)).result()

@@ -48,7 +48,7 @@ import torch
 from harness import MEDIANS, Bar, Bench, Column, Results, Size, spread, table
 from rich.table import Table
 from training import State, Training
-from ways import DCP, LEVEL_1, OFF, Pending, Way, settle, ways
+from ways import DCP, LEVEL_1, OFF, AsyncSave, Pending, Way, settle, ways
 
 UNIT = 20_000  # about a millisecond
 NOTHING = "nothing"
@@ -153,6 +153,8 @@ class Gil(Bench):
         with contextlib.ExitStack() as stack:
             for way in every:
                 stack.enter_context(contextlib.closing(way))
+                if isinstance(way, AsyncSave):
+                    way.reuse = "off"  # the state is the same each time
                 way.open(training)
             for round_, way in self.turns(every, options.repetitions, first=0):
                 turn = measure(way, training, options.seconds if round_ else 0.01)

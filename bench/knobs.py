@@ -88,7 +88,9 @@ KNOBS = {
     "fade": Knob(f"{_CHOOSE}:_FADE", (0.5, 0.85, 0.95), "chosen"),
     "sync-fade": Knob(f"{_CHOOSE}:_SYNC_FADE", (0.25, 0.5, 0.85), "chosen"),
     "readers": Knob("asyncsave.reading.workers:reader_threads()", (1, 2, 3, 4, 8), "reads"),
-    "direct": Knob(f"{_DIRECT}:_LEAST_BYTES", (64 * K, 256 * K, M, 4 * M), "reads_in_pieces"),
+    "direct": Knob(
+        f"{_DIRECT}:_LEAST_BYTES", (64 * K, 256 * K, 512 * K, M, 4 * M), "reads_in_pieces"
+    ),
     "detour": Knob(f"{_DIRECT}:_DETOUR_BYTES", (M, 2 * M, 4 * M, 8 * M, 16 * M), "reads"),
     "huge": Knob("asyncsave.pages:pages(huge)", (False, True), "first_save_and_reads"),
     "small": Knob(f"{_NEW}:SMALL_BYTES", (0, K, 4 * K, 16 * K, 64 * K), "many_leaves"),

@@ -54,7 +54,12 @@ def setting(
         with (
             peak_memory(SAMPLE_SECONDS) as peak,
             asyncsave.Checkpointer(
-                Path(place, "run"), memory_limit=limit, compression=level, keep_last=1, signals=()
+                Path(place, "run"),
+                memory_limit=limit,
+                compression=level,
+                keep_last=1,
+                reuse="off",
+                signals=(),
             ) as ckpt,
         ):
             for step in range(saves):

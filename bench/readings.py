@@ -60,7 +60,8 @@ def _save(saver: asyncsave.Saver, state: Any, path: Path) -> dict[str, float]:
 
 def saves(directory: Path, quick: bool, memory_limit: int | str = "auto") -> Read:
     """Later saves of one saver, without compression."""
-    state, saver = _state(512, quick), asyncsave.Saver(compression="off", memory_limit=memory_limit)
+    state = _state(512, quick)
+    saver = asyncsave.Saver(compression="off", memory_limit=memory_limit, reuse="off")
     return lambda: _save(saver, state, directory / "a")
 
 
@@ -80,7 +81,7 @@ def memory_beyond_the_limit(directory: Path, quick: bool) -> Read:
             trim()
             with (
                 peak_memory(0.003) as peak,
-                asyncsave.Saver(compression=level, memory_limit=limit) as saver,
+                asyncsave.Saver(compression=level, memory_limit=limit, reuse="off") as saver,
             ):
                 _save(saver, state, directory / "a")
             found[f"{what}: MiB"] = (peak.most - peak.before - limit) / MIB
@@ -159,7 +160,7 @@ def first_save_and_reads(directory: Path, quick: bool) -> Read:
 
     def read() -> dict[str, float]:
         trim()
-        with asyncsave.Saver(compression="off") as saver:
+        with asyncsave.Saver(compression="off", reuse="off") as saver:
             first, later = (_save(saver, state, directory / "a") for _ in range(2))
         own = {"first: blocked": first["blocked"], "first: durable": first["durable"]}
         return {**own, "later: durable": later["durable"], **rest()}

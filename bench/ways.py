@@ -228,11 +228,16 @@ class AsyncSave(Way):
     compression: Any = "auto"
     overlap: bool = True
     prewarm: bool = False
+    reuse: Any = "content"
     checkpointer: Checkpointer | None = field(default=None, repr=False)
 
     def open(self, state: State) -> None:
         self.checkpointer = Checkpointer(
-            self.directory, compression=self.compression, overlap=self.overlap, signals=()
+            self.directory,
+            compression=self.compression,
+            overlap=self.overlap,
+            reuse=self.reuse,
+            signals=(),
         )
         if self.prewarm:
             self.checkpointer.prewarm(state.state)

@@ -199,13 +199,9 @@ def _check_files(files: Sequence[FileRecord], rank: int, path: object) -> None:
 
 def _check_frames(chunks: Sequence[ChunkRecord], files: Sequence[FileRecord], path: object) -> None:
     ends = [0] * len(files)
-    last: list[ChunkRecord | None] = [None] * len(files)
     for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
-        if chunk == last[chunk.file]:
-            continue  # the same frame: the same bytes were there twice
         _require(chunk.offset >= ends[chunk.file], path, "order of the chunks, which overlap,")
         ends[chunk.file] = chunk.offset + chunk.length
-        last[chunk.file] = chunk
     for file, end in zip(files, ends, strict=True):
         _require(end <= file.length, path, f"length of {file.name}, shorter than its chunks,")
 

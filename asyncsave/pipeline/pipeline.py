@@ -29,7 +29,7 @@ from ..codec.compression import Compression
 from ..errors import ClosedError, SaveError, StagingError
 from ..snapshot.fence import FENCE, CudaTransport, LateCopies, Transport
 from ..snapshot.snapshotter import Snapshotter, Staged
-from ..state.changes import Stillness, Versions
+from ..state.changes import Stepped, Stillness, Versions
 from ..state.chunks import Plan
 from ..state.flatten import Flat, flatten
 from ..state.layout import Layout, Layouts
@@ -74,6 +74,7 @@ class Pipeline:
         self._plan: Plan | None = None
         self._stillness: Stillness | None = None
         self._last, self._reuse = Last(), on_disk.reuse
+        self._stepped = Stepped() if on_disk.reuse == "versions" else None
         self._snapshotter = Snapshotter(transport)
         self._overlap = overlap
         self._current: SaveHandle | None = None
@@ -126,8 +127,8 @@ class Pipeline:
         handle = SaveHandle(target.step, path)
         watchdog = Watchdog(path, self._stall_warning_seconds)
         save = Save(target, flat, plan, handle, watchdog, began)
-        if self._reuse == "versions":
-            self._skip_unchanged(flat, save)
+        if self._stepped is not None:
+            self._skip_unchanged(flat, save, self._stepped)
         if any(chunk.late for chunk in plan.chunks) and self._snapshotter.transport is not None:
             save.late = LateCopies(self._snapshotter.transport)
         try:
@@ -141,9 +142,9 @@ class Pipeline:
             self._background.wake(save)
         return handle
 
-    def _skip_unchanged(self, flat: Flat, save: Save) -> None:
+    def _skip_unchanged(self, flat: Flat, save: Save, stepped: Stepped) -> None:
         """Note which chunks are as they were in the last checkpoint, and need not be copied."""
-        last, save.versions = self._last, Versions(flat.values)
+        last, save.versions = self._last, Versions(flat, stepped)
         if last.plan is not save.plan or last.versions is None or last.base is None:
             return
         is_there = last.base.is_there()
@@ -151,6 +152,7 @@ class Pipeline:
             record = last.chunks[index]
             if is_there[record.file]:
                 save.reused[index] = record
+                save.taken.add((record.file, record.offset))
 
     def _take(self, flat: Flat, save: Save) -> None:
         """Take the snapshot, and say in the end what became of it."""

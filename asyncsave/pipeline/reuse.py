@@ -134,8 +134,8 @@ class Reuse:
 
 
 def frames_bytes(records: Iterable[ChunkRecord]) -> int:
-    """Return how many bytes the frames of chunks of one file take; several may be one frame."""
-    return sum({record.offset: padded(record.length) for record in records}.values())
+    """Return how many bytes the frames of chunks take in their file."""
+    return sum(padded(record.length) for record in records)
 
 
 def by_file(records: Iterable[ChunkRecord]) -> dict[int, list[ChunkRecord]]:

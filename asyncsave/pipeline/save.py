@@ -101,6 +101,7 @@ class Save:
         reuse: what it may take from an earlier checkpoint.
         chunks: where each chunk is in its data file, by index. The event loop's.
         reused: those that are in a file of an earlier checkpoint, by index: records of that one.
+        taken: files and offsets of those.
         blocked_seconds, staged_seconds, durable_seconds: how long after ``began`` the call
             returned, and the states STAGED and DURABLE were reached.
     """
@@ -133,6 +134,7 @@ class Save:
         self.reuse = Reuse()
         self.chunks: dict[int, ChunkRecord] = {}
         self.reused: dict[int, ChunkRecord] = {}
+        self.taken: set[tuple[int, int]] = set()
         self.blocked_seconds = self.staged_seconds = self.durable_seconds = 0.0
 
     def to(self, state: Snapshot | State) -> None:
@@ -189,8 +191,7 @@ class Save:
         )
 
     def _shared_bytes(self) -> int:
-        frames = {(each.file, each.offset): each.length for each in self.reused.values()}
-        return sum(frames.values())
+        return sum(each.length for each in self.reused.values())
 
     def _fence_seconds(self) -> float:
         if self.late is None:

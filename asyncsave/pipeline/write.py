@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import logging
 import platform
@@ -206,18 +207,13 @@ class Writing:
             if not await call(self._io, are_sound, file, records, slot.array):
                 _log.warning("%s is damaged, and a part of the new checkpoint with it", file.path)
                 return False
-            copied: dict[int, ChunkRecord] = {}
-            for index, record in list(save.reused.items()):
-                if record.file != number:
-                    continue
-                if record.offset not in copied:
-                    await call(self._io, read_frame, file, record, slot.array)
-                    end = padded(record.length)
-                    slot.array[record.length : end] = 0
-                    where = await draft.append(arena.view(slot, end))
-                    copied[record.offset] = _moved(record, *where)
-                save.chunks[index] = copied[record.offset]
-                del save.reused[index]
+            for index in [i for i, each in save.reused.items() if each.file == number]:
+                record = save.reused.pop(index)
+                await call(self._io, read_frame, file, record, slot.array)
+                end = padded(record.length)
+                slot.array[record.length : end] = 0
+                where = await draft.append(arena.view(slot, end))
+                save.chunks[index] = _moved(record, *where)
             return True
         finally:
             arena.release(slot)
@@ -270,7 +266,7 @@ class Writing:
     async def _append(self, save: Save, draft: Draft, frames: Sequence[Frame]) -> None:
         """Write what comes of one task, neighbours in memory at once."""
         watchdog = save.watchdog
-        for neighbours in _neighbours(frames):
+        for neighbours in _neighbours([_once(save, frame) for frame in frames]):
             if (reused := neighbours[0].reused) is not None:
                 neighbours[0].arena.release(neighbours[0].slot)
                 save.reused[neighbours[0].chunk.index] = reused
@@ -329,6 +325,17 @@ class Writing:
                 },
             ),
         )
+
+
+def _once(save: Save, frame: Frame) -> Frame:
+    """Return a frame; if another chunk has what it would reuse, as one that is to be written."""
+    if frame.reused is None:
+        return frame
+    where = frame.reused.file, frame.reused.offset
+    if where in save.taken:
+        return dataclasses.replace(frame, reused=None)
+    save.taken.add(where)
+    return frame
 
 
 def _moved(record: ChunkRecord, file: int, offset: int) -> ChunkRecord:

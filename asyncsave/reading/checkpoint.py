@@ -164,12 +164,7 @@ class Checkpoint:
                 self.chunks[rank].read_stored(i, stored)
             self._fill(chunk, needed.get(chunk, ()), scratch, stored)
 
-        # a frame that several chunks are is looked at once, and for those that are filled from it
-        frames: dict[tuple[int, int, int], ChunkId] = {}
-        for r, rank in enumerate(self.chunks):
-            for i, each in enumerate(rank.records):
-                frames.setdefault((r, each.file, each.offset), (r, i))
-        every = sorted({*frames.values(), *needed, *kept})
+        every = [(r, i) for r, rank in enumerate(self.chunks) for i in range(len(rank.records))]
         in_parallel(every, check, self._longest)
         return kept
 

@@ -22,7 +22,6 @@ from ..format.tree import Node
 from ..state.classes import remade
 from .live import Target
 
-
 NOTHING = object()
 
 

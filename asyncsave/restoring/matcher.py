@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -269,9 +268,10 @@ class _Matcher:
         whole = self._whole_place(into, items, place)
         if whole is not None:
             self._match.edits.append(Edit(whole, node, name, into))
-            if isinstance(into, collections.deque) and len(items.items) > _longest(into):
+            room = getattr(into, "maxlen", None)
+            if room is not None and len(items.items) > room:
                 why = f"saved with {len(items.items)} items, the state's deque has room for "
-                self._match.reasons.append(f"{show(name)}: {why}{into.maxlen}")
+                self._match.reasons.append(f"{show(name)}: {why}{room}")
             return
         node = items
         if not isinstance(node, _SEQUENCES):
@@ -379,10 +379,6 @@ class _Matcher:
 
 
 _SEQUENCES = (ListNode, TupleNode, NamedTupleNode)
-
-
-def _longest(into: Any) -> float:
-    return math.inf if into.maxlen is None else into.maxlen
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

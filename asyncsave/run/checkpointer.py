@@ -97,10 +97,10 @@ class Checkpointer(Session):
         durable: sync files and directories, so that what is reported done survives a power cut.
             Off: a power cut may leave nothing, as older ones are removed all the same.
         reuse: "content": what has the same bytes as in the last checkpoint is not written again,
-            but its file linked into the new one, which is whole all the same. "versions": what
-            torch's version counters say has not changed is not even copied; they do not see writes
-            through ``.data``, NumPy, DLPack, storages or other libraries' kernels, which would be
-            lost. "off": all is written.
+            but its file linked into the new one, which is whole all the same. "versions": nor are
+            parameters of live modules copied that no optimizer has stepped, and to which torch's
+            version counters have seen no write; they see none through ``.data``, NumPy, DLPack,
+            storages or other libraries' kernels, which would be lost. "off": all is written.
         max_file_bytes: data files become no longer than this.
         stall_warning_seconds: log a warning that says where when a save has stood still for so long
             (on a disk that hangs), and again each time that has doubled; None: never.

@@ -8,15 +8,17 @@ kernel do not. So a counter is a hint here, by which leaves are laid out; only w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .chunks import Plan
-from .flatten import Bulk, Flat
+from .flatten import Flat
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -92,27 +94,69 @@ class Stillness:
             self._said = found
 
 
-# -- what decides: the same tensor, and nothing has been counted -----------------------------------
+# -- what decides: a parameter that nobody trains, and nothing was counted -------------------------
+
+
+class Stepped:
+    """The tensors that some optimizer of this process has stepped since this was made.
+
+    Fused optimizers, and foreach ones on some devices, write without a word to the counters. So
+    what they have is never told by these. The hook runs in whichever thread steps.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._noted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        # a bound method would keep this alive for as long as torch is there
+        me = weakref.ref(self)
+
+        def hook(optimizer: Any, *_: Any) -> None:
+            if (stepped := me()) is not None:
+                stepped._note(optimizer)
+
+        self._hook = register_optimizer_step_pre_hook(hook)
+        weakref.finalize(self, self._hook.remove)
+
+    def __contains__(self, storage: StorageWeakRef) -> bool:
+        return storage.cdata in self._storages
+
+    def _note(self, optimizer: Any) -> None:
+        tensors = [each for group in optimizer.param_groups for each in group["params"]]
+        if self._noted.get(optimizer) == len(tensors):
+            return
+        for tensor in tensors:
+            if type(tensor) in _TENSORS and tensor.layout is torch.strided:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self._storages[storage.cdata] = storage
+        self._noted[optimizer] = len(tensors)
 
 
 class Versions:
-    """The tensors of a state as they were at a save: by their storages, places and counters.
+    """Parameters of a state's modules as they were at a save: by storage, place and counter.
 
-    It keeps no tensor alive. A storage is told by a weak reference, so that another one at the same
-    address is another one.
+    Only those that no optimizer has stepped. Buffers are left out, which modules write to with
+    kernels that do not count, and so is all else in the state. It keeps no tensor alive; a storage
+    is told by a weak reference, so that another one at the same address is another one.
     """
 
-    def __init__(self, values: Sequence[Bulk]) -> None:
+    def __init__(self, flat: Flat, stepped: Stepped) -> None:
         self._storages: list[StorageWeakRef | None] = []
         self._marks: list[Any] = []
-        for value, version in zip(values, _versions(values), strict=True):
-            if version is None or not isinstance(value, torch.Tensor):
-                self._storages.append(None)
-                self._marks.append(None)
-                continue
-            storage = StorageWeakRef(value.untyped_storage())
+        modules = [each for each in flat.objects if isinstance(each, torch.nn.Module)]
+        places = {
+            tensor.data_ptr()
+            for each in modules
+            for tensor in each.parameters()
+            if type(tensor) in _TENSORS and tensor.layout is torch.strided
+        }
+        for value, version in zip(flat.values, _versions(flat.values), strict=True):
+            storage = mark = None
+            is_tensor = version is not None and isinstance(value, torch.Tensor)
+            if is_tensor and (place := value.data_ptr()) in places:  # type: ignore[union-attr]
+                storage = StorageWeakRef(value.untyped_storage())  # type: ignore[union-attr]
+                mark = None if storage in stepped else (storage.cdata, place, version)
             self._storages.append(storage)
-            self._marks.append((storage.cdata, value.data_ptr(), version))
+            self._marks.append(mark)
 
     def unchanged(self, then: Versions, plan: Plan) -> Iterable[int]:
         """Yield the numbers of chunks of which nothing has changed since ``then``.
@@ -120,13 +164,8 @@ class Versions:
         Args:
             then: of a state that was saved by the same plan.
         """
-        changed = {
-            source
-            for source, now, old in zip(
-                plan.layout.source_of, self._marks, then._marks, strict=True
-            )
-            if now is None or now != old
-        }
+        marks = zip(plan.layout.source_of, self._marks, then._marks, strict=True)
+        changed = {source for source, now, old in marks if now is None or now != old}
         for chunk in plan.chunks:
             if all(piece.source not in changed for piece in chunk.pieces):
                 yield chunk.index

@@ -340,7 +340,7 @@ def _enum_as_live(live: Any, new: Any) -> Any:
 
 def _plainly(value: Any) -> Any:
     """Return a value as it is loaded where no class is registered."""
-    if has_plain_form(value):
+    if type(value) not in _EXACT and has_plain_form(value):
         return _plainly(plain_form(value))
     if isinstance(value, dict):
         return {plain_key(key): _plainly(item) for key, item in value.items()}

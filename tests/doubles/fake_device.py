@@ -15,6 +15,7 @@ import torch
 
 import asyncsave
 from asyncsave.pipeline.pipeline import Pipeline
+from asyncsave.pipeline.target import OnDisk
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -125,7 +126,7 @@ def make_pipeline(transport: Any = None, **options: Any) -> Pipeline:
         "compression": asyncsave.Compression(0),
         "memory_limit": "auto",
         "overlap": True,
-        "durable": False,
+        "on_disk": OnDisk(durable=False, reuse="off"),
         **options,
     }
     return Pipeline(transport=transport, **arguments)

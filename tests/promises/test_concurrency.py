@@ -80,7 +80,7 @@ ckpt = asyncsave.Checkpointer(disk.at(Path(sys.argv[1])))
 disk.gate.set()
 ckpt.save(1, {"n": 1, "w": torch.ones(1000)}, block=True)
 disk.gate.clear()
-ckpt.save(2, {"n": 2, "w": torch.ones(1000)})  # is being written when the end comes
+ckpt.save(2, {"n": 2, "w": torch.zeros(1000)})  # is being written when the end comes
 print("owns", flush=True)
 time.sleep(60)
 """

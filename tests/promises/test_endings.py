@@ -21,7 +21,7 @@ import asyncsave
 from asyncsave import Checkpointer, SaveHandle
 from asyncsave.pipeline.background import Background
 from asyncsave.pipeline.pipeline import Pipeline
-from asyncsave.pipeline.target import Target
+from asyncsave.pipeline.target import Notes, Target
 from asyncsave.run.directory import RunDirectory
 from asyncsave.run.retention import Policy
 from asyncsave.storage.place import PathLike, Place
@@ -120,9 +120,9 @@ def save_over_a_step(pipeline: Pipeline, target: Target) -> SaveHandle:
 def test_what_fails_after_the_commit_still_lets_the_older_ones_go(tmp_path: Path) -> None:
     run, device = RunDirectory(Place(tmp_path), Policy.parse(1, None, None)), FakeDevice()
     pipeline = make_pipeline(device)
-    save_over_a_step(pipeline, run.next(1, {}, None)).result(20)
+    save_over_a_step(pipeline, run.next(1, Notes())).result(20)
     device.broken = SystemExit()
-    handle = save_over_a_step(pipeline, run.next(2, {}, None))
+    handle = save_over_a_step(pipeline, run.next(2, Notes()))
     assert isinstance(handle.exception(20), asyncsave.SaveError)
     assert os.listdir(tmp_path) == ["step-000000002"]
     pipeline.close()

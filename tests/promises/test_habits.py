@@ -266,7 +266,7 @@ def test_the_best_step(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_checkpoints(tmp_path: Path) -> None:
-    with make(tmp_path) as ckpt:
+    with make(tmp_path, reuse="off") as ckpt:
         assert ckpt.checkpoints() == []
         for step in (1, 2, 3):
             ckpt.save(step, STATE, metrics={"loss": step / 2}, metadata={"note": step})

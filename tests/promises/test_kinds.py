@@ -522,3 +522,191 @@ def test_scaled_is_traceable() -> None:
 
     assert is_traceable_wrapper_subclass(scaled(1))
     assert isinstance(scaled(1), Scaled)
+
+
+# -- what others found ----------------------------------------------------------------------------
+
+
+class Other(enum.Enum):
+    RED = 1
+    NONE = None
+    PAIR = (Color.RED, 2)
+    NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {Color.RED, Other.RED},
+        frozenset({Color.RED, 1}),
+        {(Color.RED, 0): 1, (Other.RED, 0): 2},
+        {frozenset({Color.RED}): 1, frozenset({1}): 2},
+    ],
+)
+def test_what_is_the_same_as_plain_data_is_refused(value: Any) -> None:
+    with pytest.raises(asyncsave.StateError, match="the same as plain data"):
+        asyncsave.check({"x": value})
+
+
+def test_keys_and_enums_that_are_not_plain_themselves(tmp_path: Path) -> None:
+    def state(n: int) -> dict[str, Any]:
+        return {
+            "d": {(Color.RED, 0): n, frozenset({Color.BLUE}): torch.full((2,), float(n))},
+            "s": {(Color.RED, 1)} if n else {(Color.BLUE, 1)},
+            "mixed": {Color.RED, Level.LOW},
+            "none": Other.NONE if n else Other.RED,
+            "pair": Other.PAIR if n else Other.RED,
+            "nan": Other.NAN if n else Other.RED,
+            "grown": [Level.LOW, Level.HIGH] if n else [Level.LOW],
+            "decimals": {decimal.Decimal("NaN"), decimal.Decimal(1)} if n else {1},
+            "deque": collections.deque([n], 2**63 - 1),
+        }
+
+    live = state(0)
+    asyncsave.restore(saved(state(1), tmp_path / "a"), live)
+    expected = state(1)
+    assert list(live["d"]) == list(expected["d"])
+    assert live["d"][Color.RED, 0] == 1
+    for name in ("mixed", "none", "pair", "nan", "grown", "deque"):
+        assert live[name] == expected[name], name
+        assert type(live[name]) is type(expected[name]), name
+    assert all(type(each) is Level for each in live["grown"])
+    assert len(live["decimals"]) == 2
+
+
+class Strict:
+    """A descriptor that takes no negative number."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = "_" + name
+
+    def __get__(self, one: Any, owner: Any = None) -> Any:
+        return self if one is None else getattr(one, self.name)
+
+    def __set__(self, one: Any, value: Any) -> None:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("negative")
+        setattr(one, self.name, value)
+
+
+class Guarded(dict[Any, Any]):
+    """A dict that takes no number."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if value == 5:
+            raise TypeError("no fives")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("old", "live"),
+    [
+        (b"x" * 20, bytearray(b"123")),
+        (torch.ones(3), bytearray(3)),
+        (np.ones(3), bytearray(3)),
+        (np.random.default_rng(1), collections.Counter("a")),
+        (torch.eye(2).to_sparse(), collections.Counter("a")),
+        (kinds.tensors()["nested"], []),
+        ({"a": 5}, Guarded(a=1)),
+    ],
+)
+def test_what_a_container_does_not_take_changes_nothing(
+    tmp_path: Path, old: Any, live: Any
+) -> None:
+    saved({"first": 1, "w": torch.ones(3), "x": old}, tmp_path / "a")
+    state = {"first": 0, "w": torch.zeros(3), "x": live}
+    before = copy.copy(live)
+    if isinstance(old, bytes):  # which is replaced, as another one may see into it
+        asyncsave.restore(tmp_path / "a", state)
+        assert state["x"] == old
+        assert live == before
+        return
+    with pytest.raises(asyncsave.MismatchError):
+        asyncsave.restore(tmp_path / "a", state)
+    assert state["first"] == 0
+    assert state["w"].sum() == 0
+    assert state["x"] is live
+    assert live == before
+
+
+def test_a_part_leaves_the_rest_alone(tmp_path: Path) -> None:
+    deque = collections.deque([torch.ones(1), torch.ones(1), torch.ones(1)])
+    saved({"c": collections.Counter(a=2, b=3), "d": deque}, tmp_path / "a")
+    live = {"c": collections.Counter(a=1, z=7), "d": collections.deque([torch.zeros(1)] * 2)}
+    asyncsave.restore(tmp_path / "a", live, keys="c.a")
+    assert live["c"] == {"a": 2, "z": 7}
+    with pytest.raises(asyncsave.MismatchError, match="3 items"):
+        asyncsave.restore(tmp_path / "a", live, keys="d.0")
+
+
+def test_rows_that_differ_in_another_dimension(tmp_path: Path) -> None:
+    saved({"x": _jagged(2, 1)}, tmp_path / "a")
+    live = {
+        "x": torch.nested.nested_tensor(
+            [torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged
+        ).transpose(1, 2)
+    }
+    with pytest.raises(asyncsave.MismatchError, match="dimension"):
+        asyncsave.restore(tmp_path / "a", live)
+
+
+def test_a_factory_that_is_code_stays(tmp_path: Path) -> None:
+    live = {"h": [collections.defaultdict(lambda: 7, a=1)]}
+    asyncsave.restore(saved(live, tmp_path / "a"), live)
+    assert live["h"][0]["new"] == 7
+
+
+class Tag(str):
+    def __new__(cls, text: str) -> Tag:
+        return super().__new__(cls, f"<{text}>")
+
+
+class Upside(dict[Any, Any]):
+    def __getitem__(self, key: Any) -> Any:
+        return ("w", super().__getitem__(key))
+
+
+class Attr(dict[Any, Any]):
+    __getattr__ = dict.__getitem__
+
+
+def test_classes_with_ways_of_their_own(tmp_path: Path) -> None:
+    live = {"t": Tag("a"), "u": Upside(a=1), "attr": Attr(a=1)}
+    loaded = asyncsave.load(saved(live, tmp_path / "a"))
+    assert loaded == {"t": "<a>", "u": {"a": 1}, "attr": {"a": 1}}
+    asyncsave.restore(tmp_path / "a", live)
+    assert live["t"] == "<a>"
+    assert type(live["t"]) is Tag
+    assert dict.items(live["u"]) == {"a": 1}.items()
+
+
+class Noted(list[Any]):
+    __slots__ = ("note",)
+
+
+@dataclasses.dataclass
+class Partial:
+    size: int
+
+
+def test_attributes_that_would_be_lost_are_refused() -> None:
+    slotted, ordered, partial = Noted([1]), collections.OrderedDict(a=1), Partial(1)
+    slotted.note = 1
+    ordered.note = 1  # type: ignore[attr-defined]
+    partial.momentum = torch.ones(2)  # type: ignore[attr-defined]
+    for value in (slotted, ordered, partial):
+        with pytest.raises(asyncsave.StateError, match="would be lost"):
+            asyncsave.check({"x": value})
+
+
+def test_a_registered_class_that_loads_itself(tmp_path: Path, registered: None) -> None:
+    asyncsave.register(Keeper, to_plain=lambda v: {"n": 1}, from_plain=lambda p: Keeper(2))
+    live = {"k": Keeper(1)}
+    asyncsave.restore(saved(live, tmp_path / "a"), live)
+    assert live["k"].state["plain"] == 2
+    with pytest.raises(asyncsave.ConfigError, match="is a module"):
+        asyncsave.register(Net, to_plain=str, from_plain=str)
+
+
+class Net(torch.nn.Module):
+    pass

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import asyncsave
-from asyncsave.pipeline.target import Target
+from asyncsave.pipeline.target import OnDisk, Target
 from asyncsave.snapshot.fence import FENCE
 from asyncsave.storage.place import Place
 from tests.doubles.fake_device import FakeDevice, make_pipeline, tensors_of
@@ -158,13 +158,15 @@ class Training:
 
 
 class Torn(RuleBasedStateMachine):
+    options: ClassVar[dict[str, Any]] = {"memory_limit": ALL}
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.directory = Path(tempfile.mkdtemp())
         self.training = Training()
         self.device = FakeDevice(self.training.is_on_device)
-        self.pipeline = make_pipeline(self.device, memory_limit=ALL)
+        self.pipeline = make_pipeline(self.device, **self.options)
         self.handle: asyncsave.SaveHandle | None = None
         self.saves = 0
         self.fenced = self.touched = False
@@ -256,6 +258,16 @@ TestTorn.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+class TornAndShared(Torn):
+    """What no counter has seen a write to is not copied, and may be in flight beside what is."""
+
+    options: ClassVar[dict[str, Any]] = {"on_disk": OnDisk(durable=False, reuse="versions")}
+
+
+TestTornAndShared = TornAndShared.TestCase
+TestTornAndShared.settings = TestTorn.settings
 
 
 class FreeDevice(FakeDevice):

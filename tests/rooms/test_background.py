@@ -46,6 +46,7 @@ def test_neighbours_are_written_together(
         FaultDisk(faults).at(tmp_path),
         compression=compression,
         memory_limit=memory_limit,
+        reuse="off",
         signals=(),
     ) as ckpt:
         for step in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_time_that_encoding_cannot_save_is_no_reason_for_it() -> None:
 def test_the_first_save_learns_while_it_runs(tmp_path: Path) -> None:
     disk = SlowDisk(0.02 / (64 << 10))
     state = {"w": torch.randn(480_000) * 0.02}
-    with Checkpointer(disk.at(tmp_path), memory_limit=2 << 20, signals=()) as ckpt:  # 64 KiB chunks
+    options: Any = {"memory_limit": 2 << 20, "reuse": "off", "signals": ()}  # chunks of 64 KiB
+    with Checkpointer(disk.at(tmp_path), **options) as ckpt:
         for step in (1, 2):
             ckpt.save(step, state, block=True)
         first, second = ckpt.stats.reports

@@ -230,11 +230,15 @@ def test_no_error_of_the_system_comes_through(tmp_path: Path) -> None:
         "rename": lambda place: place.rename(place.parent / "b"),
         "exchange": lambda place: place.exchange(place.parent / "b"),
         "create": make_file,
+        "link": lambda place: place.link(place.parent / "b", sync=True),
         **{
             name: getattr(Place, name)
-            for name in ("exists", "is_directory", "free_bytes", "names", "open")
+            for name in ("exists", "identity", "is_directory", "free_bytes", "names", "open")
         },
-        **{name: getattr(Place, name) for name in ("create_directory", "sync", "remove", "lock")},
+        **{
+            name: getattr(Place, name)
+            for name in ("create_directory", "sync", "remove", "remove_file", "lock")
+        },
     }
     assert uses.keys() == public - pure, "a new method is looked at here, too"
     for use in uses.values():

@@ -487,7 +487,7 @@ def test_the_newest_that_verifies_is_used(
 def test_all_damaged(tmp_path: Path) -> None:
     with asyncsave.Checkpointer(tmp_path, durable=False) as ckpt:
         for step in (1, 2):
-            ckpt.save(step, {"w": torch.zeros(100)})
+            ckpt.save(step, {"w": torch.full((100,), float(step))})
         ckpt.wait()
         for step in (1, 2):
             damage(tmp_path / f"step-00000000{step}" / "rank-00000.data")

@@ -68,6 +68,7 @@ def test_a_stall_is_reported_with_where_and_since_when(
     # small chunks: four are written, in one go, before those that hang
     state = in_small_chunks()
     options: dict[str, Any] = {"compression": "off", "keep_last": 1, "memory_limit": SMALL_LIMIT}
+    options["reuse"] = "off"
     with Checkpointer(disk.at(tmp_path), stall_warning_seconds=0.2, **options) as ckpt:
         ckpt.save(1, state, block=True)
         disk.where, disk.after = where, where == "write"

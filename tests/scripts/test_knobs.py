@@ -110,11 +110,11 @@ def test_a_knob(run: Run, tmp_path: Path) -> None:
     found = results["knobs"]["direct"]
     assert found["at"] == "asyncsave.storage.direct:_LEAST_BYTES"
     assert found["commit"] == results["commit"]
-    assert [row["value"] for row in found["rows"]] == ["256 KiB *", "64 KiB"]
+    assert [row["value"] for row in found["rows"]] == ["512 KiB *", "64 KiB"]
     for row in found["rows"]:
         assert set(row["figures"]) == {f"{kib} KiB" for kib in (64, 256, 512, 1024, 2048)}
         assert len(row["readings"]) == results["settings"]["rounds"] == 1
-    assert "256 KiB *" in printed
+    assert "512 KiB *" in printed
 
 
 def test_every_reading_reads(knobs: Any, child: ProcessPoolExecutor, tmp_path: Path) -> None:

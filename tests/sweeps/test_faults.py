@@ -113,6 +113,8 @@ def test_every_operation_of_a_save_fails_once(tmp_path: Path, number: int) -> No
             done = [(each.kind, each.path) for each in faults.operations[: faults.at]]
             if faults.hit is None:
                 assert error is None
+            elif faults.hit.kind in ("identity", "link"):
+                assert error is None, "then nothing is shared"
             elif committed not in done:
                 assert error is not None
                 assert_is(error, number, tmp_path)
@@ -204,7 +206,7 @@ def test_a_byte_that_is_flipped_on_its_way_to_the_disk_is_found(
             faults.on = True
             ckpt.save(2, state, block=True)
             faults.on = False
-            if faults.hit is None:
+            if faults.hit is None or faults.hit.kind == "read":  # of the one it goes on from
                 asyncsave.verify(tmp_path)
                 assert_same(ckpt.load(), state)
             else:
@@ -487,7 +489,7 @@ def test_the_commit_is_in_order(tmp_path: Path) -> None:
     faults = Faults()
     with Checkpointer(FaultDisk(faults).at(tmp_path / "order"), keep_last=1) as ckpt:
         ckpt.save(1, {"w": torch.ones(10)}, block=True)
-        ckpt.save(2, {"w": torch.ones(10)}, block=True)
+        ckpt.save(2, {"w": torch.zeros(10)}, block=True)
     once = [
         *("create_directory", "create", "write", "sync", "close"),
         *("write_file", "write_file", "sync_directory", "rename", "sync_directory"),
@@ -497,10 +499,12 @@ def test_the_commit_is_in_order(tmp_path: Path) -> None:
         each.kind
         for each in faults.operations
         if each.kind not in ("lock", "list_directory", "is_directory", "exists", "open", "read")
+        and each.kind != "identity"
         and (each.kind, each.path.name) != ("create_directory", "order")
         and not (each.kind == "sync_directory" and each.path in (tmp_path, tmp_path.parent))
     ]
-    assert operations == [*once, *once, *prune]
+    second = [*once[:2], "link", "write", "remove_file", *once[3:]]
+    assert operations == [*once, *second, *prune]
 
 
 class BuggyDisk(WrappedDisk):
@@ -548,7 +552,7 @@ def test_failing_while_the_stager_waits_for_memory(tmp_path: Path) -> None:
     faults = Faults(fault=errno.ENOSPC)
     state = {"w": torch.randn(8 << 20)}
     place = FaultDisk(faults).at(tmp_path)
-    with Checkpointer(place, compression="off", memory_limit=4 << 20) as ckpt:
+    with Checkpointer(place, compression="off", memory_limit=4 << 20, reuse="off") as ckpt:
         ckpt.save(1, state, block=True)
         faults.at = len(faults.operations) + 4
         handle = ckpt.save(2, state)

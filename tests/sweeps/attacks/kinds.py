@@ -246,7 +246,43 @@ def nested_dtype(depth: int) -> Any:
     return items("struct", 8, False, field("a", 0, node))
 
 
+def repeated(type: str, **more: Any) -> Attack:
+    """A value made of tensors that repeat their elements 2^40 times, by strides of 0."""
+
+    def build(directory: Path) -> None:
+        names = {"int_repr": 0, "scale": None, "zero_point": None} if "affine" in type else {}
+        node = made(type, {"t": "list", "items": [leaf(0)]}, FLAGS)
+        if names:
+            node = made(type, members(int_repr=leaf(0), scale=1.0, zero_point=0), FLAGS)
+        data = bytes(64)
+        record = tensor((2**40,), 0, "int8", strides=[0])
+        forge(directory, node, tensors=[record], chunks=[chunk(data)], data=padded(data))
+
+    return Attack(build, says="strides")
+
+
+def copies(count: int) -> Attack:
+    """Many bytearrays of the same bytes."""
+
+    def build(directory: Path) -> None:
+        data = bytes(1 << 20)
+        one = tensor((len(data),), 0, "uint8", kind="bytes")
+        nodes = [made("bytearray", leaf(i)) for i in range(count)]
+        forge(
+            directory,
+            {"t": "list", "items": nodes},
+            tensors=[one] * count,
+            chunks=[chunk(data)],
+            data=padded(data),
+        )
+
+    return Attack(build, says="made of the same bytes")
+
+
 ATTACKS = {
+    "nested, repeated": repeated("torch.nested"),
+    "quantized, repeated": repeated("torch.per_tensor_affine"),
+    "400 copies": copies(400),
     **{name: Attack(partial(tree, node)) for name, node in PLAIN.items()},
     **{
         name: Attack(partial(tree, node), "UnsupportedVersionError", "install a newer one")

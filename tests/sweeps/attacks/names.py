@@ -40,6 +40,6 @@ ATTACKS = {
         f"data: {key}": Attack(partial(data, name), says="file name") for key, name in NAMES.items()
     },
     **{f"manifest: {key}": Attack(partial(manifest, name)) for key, name in NAMES.items()},
-    "two data files": Attack(several, says="number of data files"),
+    "two data files": Attack(several, says="file name"),
     "no data file": Attack(lambda directory: forge(directory, rank={"files": []})),
 }

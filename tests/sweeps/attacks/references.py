@@ -31,9 +31,9 @@ ATTACKS = {
             build, {"t": "odict", "keys": [], "values": [], "metadata": {"t": "tensor", "i": 9}}
         )
     ),
-    "twice": Attack(partial(build, items(TENSOR, TENSOR)), None),
+    "twice": Attack(partial(build, items(TENSOR, TENSOR)), says="is twice"),
     "100 000 times": Attack(
-        partial(build, items(*[TENSOR, {"t": "tensor", "i": 1}] * 50_000)), None, megabytes=100
+        partial(build, items(*[TENSOR, {"t": "tensor", "i": 1}] * 50_000)), megabytes=100
     ),
     "never": Attack(partial(build, items()), None),
 }
