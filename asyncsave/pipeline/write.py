@@ -128,8 +128,10 @@ class Writing:
         own = await self._take_over(save, draft)
         save.to(State.SEALING)
         files = await draft.end_data()
+        numbers = {files[i].name: i for i in range(own, len(files))}
         for index, each in save.reused.items():
-            save.chunks[index] = _in_linked(each, files, own)
+            number = numbers[linked_file(0, save.reuse.linked[each.file])]
+            save.chunks[index] = msgspec.structs.replace(each, file=number)
         rank_manifest, record = await call(self._io, self._manifests, save, files)
         notes = save.target.notes
         await draft.seal(rank_manifest, notes.files)
@@ -167,6 +169,7 @@ class Writing:
             (base.place / record.name, record, identity)
             for record, identity in zip(base.files, base.identities, strict=True)
         ]
+        save.watchdog.writing("linking files of the last checkpoint")
         save.reuse = Reuse(base, await draft.link(files))
         if lost := by_file(save.reused.values()).keys() - save.reuse.linked.keys():
             last.forget()
@@ -199,7 +202,11 @@ class Writing:
         """
         arena = self._memory.slots
         assert arena is not None
-        file = await call(self._io, draft.linked(save.reuse.linked[number]).open)
+        try:
+            file = await call(self._io, draft.linked(save.reuse.linked[number]).open)
+        except LoadError as error:  # no descriptor is left, say
+            _log.debug("what has not changed is linked, not copied: %s", error)
+            return False
         slot = arena.acquire(wait=False)
         assert slot is not None, "all are free: all chunks are written"
         try:
@@ -340,13 +347,6 @@ def _once(save: Save, frame: Frame) -> Frame:
 
 def _moved(record: ChunkRecord, file: int, offset: int) -> ChunkRecord:
     return msgspec.structs.replace(record, file=file, offset=offset)
-
-
-def _in_linked(record: ChunkRecord, files: Sequence[FileRecord], own: int) -> ChunkRecord:
-    """Return the record of a chunk of an earlier checkpoint, in the files of this one."""
-    name = linked_file(0, record.file)
-    file = next(i for i in range(own, len(files)) if files[i].name == name)
-    return msgspec.structs.replace(record, file=file)
 
 
 def _record(frame: Frame, file: int, offset: int) -> ChunkRecord:
