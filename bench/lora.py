@@ -89,8 +89,8 @@ class LoRA(Bench):
     name = "lora"
     question = "What does a run write, and wait for, of which most never changes?"
     sizes: ClassVar = {
-        "layers": Size(60, quick=2),
-        "width": Size(2048, quick=64),
+        "layers": Size(15, quick=2),
+        "width": Size(4096, quick=64),
         "saves": Size(5, quick=3),
         "rounds": Size(3, quick=1),
     }
