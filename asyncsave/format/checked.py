@@ -46,7 +46,7 @@ from .records import (
     has_its_digest,
 )
 from .ties import overlapping, padding
-from .tree import Node, leaves_of
+from .tree import Node, bulk_and_made
 from .validate import validate_tree
 
 _HEX = re.compile(r"[0-9a-f]{32}")
@@ -313,19 +313,15 @@ def _check_made(tree: Node, leaves: Sequence[Leaf], path: object) -> None:
     What is made of tensors copies them, or looks at each element: they must not repeat any, nor all
     be the same ones.
     """
-    seen = bytearray(len(leaves))
-    made_bytes = 0
-    for i, is_made in leaves_of(tree):
-        _require(not seen[i], path, f"tree, in which tensor {i} is twice,")
-        seen[i] = True
-        if is_made:
-            leaf = leaves[i]
-            _require(
-                math.prod(leaf.shape) * leaf.dtype.nbytes <= leaf.nbytes,
-                path,
-                f"strides of {leaf.name!r:.80}, of which something is made,",
-            )
-            made_bytes += leaf.nbytes
+    found, made = bulk_and_made(tree)
+    _require(len(set(found)) == len(found), path, "tree, in which one tensor is twice,")
+    for leaf in (leaves[i] for i in made):
+        _require(
+            math.prod(leaf.shape) * leaf.dtype.nbytes <= leaf.nbytes,
+            path,
+            f"strides of {leaf.name!r:.80}, of which something is made,",
+        )
+    made_bytes = sum(leaves[i].nbytes for i in made)
     end = max((leaf.stop for leaf in leaves), default=0)
     few = made_bytes <= _MOST_TIED * end
     _require(few, path, "number of values that are made of the same bytes")

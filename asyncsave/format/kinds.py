@@ -16,6 +16,7 @@ import pathlib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,14 +113,9 @@ def _clock(value: datetime.datetime | datetime.time) -> tuple[Any, ...]:
     return (value.hour, value.minute, value.second, value.microsecond, value.fold, value.tzinfo)
 
 
-def _datetime(of: Any) -> datetime.datetime:
+def _clocked(kind: type[datetime.datetime] | type[datetime.time], of: Any) -> Any:
     *numbers, fold, zone = of
-    return datetime.datetime(*numbers).replace(tzinfo=zone, fold=fold)
-
-
-def _time(of: Any) -> datetime.time:
-    *numbers, fold, zone = of
-    return datetime.time(*numbers).replace(tzinfo=zone, fold=fold)
+    return kind(*numbers).replace(tzinfo=zone, fold=fold)
 
 
 def _set(of: Any) -> set[Any]:
@@ -157,9 +153,9 @@ PLAIN = {
             "datetime.datetime",
             datetime.datetime,
             lambda v: (v.year, v.month, v.day, *_clock(v)),
-            _datetime,
+            partial(_clocked, datetime.datetime),
         ),
-        Plain("datetime.time", datetime.time, _clock, _time),
+        Plain("datetime.time", datetime.time, _clock, partial(_clocked, datetime.time)),
         Plain(
             "datetime.timedelta",
             datetime.timedelta,

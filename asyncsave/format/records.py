@@ -195,13 +195,12 @@ def encode_manifests(
         RankRecord(format=FORMAT, rank=0, files=files, chunks=chunks, tensors=tensors, tree=tree)
     )
     linked = {i for i, file in enumerate(files) if file.linked}
-    frames = {(each.file, each.offset): each.length for each in chunks if each.file in linked}
     rank = RankEntryRecord(
         file=rank_file(0),
         length=len(rank_bytes),
         xxh3_128=digest(rank_bytes),
         own=sum(file.length for file in files if not file.linked),
-        shared=sum(frames.values()),
+        shared=sum(chunk.length for chunk in chunks if chunk.file in linked),
     )
     checkpoint_bytes = encode_checkpoint(
         CheckpointRecord(

@@ -363,18 +363,6 @@ def _torch_text(node: SizeNode | DtypeNode | DeviceNode) -> str:
     return f"torch.{node.name}" if isinstance(node, DtypeNode) else node.name
 
 
-def leaves_of(node: Node, is_made: bool = False) -> Iterator[tuple[int, bool]]:
-    """Yield the number of each leaf with bulk in ``node``, and whether something is made of it."""
-    if isinstance(node, TensorNode):
-        yield node.i, is_made
-    elif isinstance(node, CONTAINERS):
-        if isinstance(node, MadeNode):
-            is_made = is_made or node.type.startswith(("torch.", "numpy.", "bytearray"))
-        for part in parts(node):
-            if type(part) not in LITERALS:
-                yield from leaves_of(part, is_made)
-
-
 def has_typed(node: Node) -> bool:
     """Whether there is a value of one of the program's classes in ``node``."""
     return isinstance(node, TypedNode) or any(
@@ -384,14 +372,26 @@ def has_typed(node: Node) -> bool:
 
 def bulk_indices(tree: Node) -> list[int]:
     """Return the numbers of all leaves with bulk in ``tree``, in order."""
+    return bulk_and_made(tree)[0]
+
+
+def bulk_and_made(tree: Node) -> tuple[list[int], list[int]]:
+    """Return what `bulk_indices` does, and those of them that another value is made of."""
     found: list[int] = []
-    _find_bulk(tree, found)
-    return found
+    made: list[int] = []
+    _find_bulk(tree, found, made, False)
+    return found, made
 
 
-def _find_bulk(node: Node, found: list[int]) -> None:
+def _find_bulk(node: Node, found: list[int], made: list[int], is_made: bool) -> None:
+    """HOT (per leaf)."""
     if isinstance(node, TensorNode):
         found.append(node.i)
+        if is_made:
+            made.append(node.i)
     elif isinstance(node, CONTAINERS):
+        if isinstance(node, MadeNode):
+            is_made = is_made or node.type.startswith(("torch.", "numpy.", "bytearray"))
         for part in parts(node):
-            _find_bulk(part, found)
+            if type(part) not in LITERALS:
+                _find_bulk(part, found, made, is_made)
